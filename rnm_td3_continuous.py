@@ -1,0 +1,1151 @@
+"""RNM-TD3: TD3 trained from scratch with all six networks row-wise N:M sparse, in one file.
+
+Paper: Vrce, Kassler, Aydos, "RNM-TD3: N:M Semi-structured Sparse Reinforcement Learning From Scratch", arXiv
+2602.14578.
+
+  projection P_{N:M}, mask E                                     -> project
+  Figure 1, left: W and E give W~, only active weights learn     -> NMLinear
+  Figure 1, right: every K updates a new E is taken from W       -> refresh_masks
+  SAD (Sparse Architecture Divergence, arXiv 2102.04010)         -> sad_metrics
+  TD3, Algorithm 1 of arXiv 1802.09477                           -> update_critics, update_actor, update_targets, train
+
+  train      python rnm_td3_continuous.py --env-id Ant-v4 --n 1 --m 8
+  resume     python rnm_td3_continuous.py --resume runs/<run_name>
+  evaluate   python rnm_td3_continuous.py --evaluate runs/<run_name>
+  dense      python dense_td3_continuous.py --env-id Ant-v4        (diff the two files: that is the method)
+
+Decisions where the paper's abstract and figure are silent:
+  D1  Groups never straddle rows; a row's last group of r < M columns keeps min(N, r). Ties: the lower column stays.
+  D2  Trained are the packed active weights; inactive ones and their Adam moments rest in dense stores, unchanged.
+  D3  A target has its own W' and the online network's mask; its packed weights follow by Polyak.
+  D4  K (--mask-update-interval) counts critic updates; all six networks change together; 0 means static masks.
+  D5  Input and hidden layers are N:M; the output layer only with --sparse-head; biases never.
+  D6  W starts as nn.Linear's default, the first mask is P_{N:M}(W).
+  D7  N = M is the dense script bit for bit with --kernel torch.
+  D8  One random stream per purpose: dense and sparse runs of a seed share warm-up data and replay indices.
+"""
+
+import argparse
+import contextlib
+import copy
+import csv
+import dataclasses
+import difflib
+import fcntl
+import io
+import json
+import math
+import os
+import platform
+import re
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import threading
+import time
+import warnings
+from dataclasses import dataclass
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import gymnasium as gym
+import numpy as np
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+import torch.optim as optim
+import tyro
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    exp_name: str = Path(__file__).stem
+    """name of the experiment, part of the run's name"""
+    seed: int = 1
+    """seed of every random stream, integer >= 0"""
+    env_id: str = "Hopper-v4"
+    """gymnasium id of an environment with flat observations and bounded continuous actions"""
+    total_timesteps: int = 1_000_000
+    """environment steps, >= 1"""
+    learning_rate: float = 3e-4
+    """Adam's step size of actor and critics, in (0, 1]"""
+    buffer_size: int = 1_000_000
+    """capacity of the replay buffer in transitions, >= 1"""
+    gamma: float = 0.99
+    """discount factor, in [0, 1]"""
+    tau: float = 0.005
+    """share of the online network in each Polyak average, in (0, 1]"""
+    batch_size: int = 256
+    """transitions per update, >= 1"""
+    policy_noise: float = 0.2
+    """standard deviation of the target policy's smoothing noise, in units of the action scale, >= 0"""
+    exploration_noise: float = 0.1
+    """standard deviation of the acting noise, in units of the action scale, >= 0"""
+    noise_clip: float = 0.5
+    """bound of the smoothing noise, in units of the action scale, >= 0"""
+    learning_starts: int = 25_000
+    """environment steps with uniform random actions and no updates before learning, >= 0"""
+    policy_frequency: int = 2
+    """critic updates per update of the actor and the targets (TD3's d), >= 1"""
+    hidden_dim: int = 256
+    """units in each of the two hidden layers, >= 1"""
+    n: int = 2
+    """weights kept of each group (N), 1 <= n <= m"""
+    m: int = 4
+    """consecutive weights of a row in a group (M), n <= m <= hidden-dim"""
+    mask_update_interval: int = 1000
+    """critic updates between mask refreshes (K), >= 0; 0 keeps the first masks"""
+    sparse_head: bool = False
+    """make the output layers N:M too"""
+    kernel: Literal["auto", "torch"] = "auto"
+    """product of the N:M layers: torch scatters into zeros; auto takes the fastest there is"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """where the networks live"""
+    threads: int = 1
+    """CPU threads of torch, >= 1; one per run fills a machine best"""
+    eval_interval: int = 10_000
+    """environment steps between evaluations (also at 0 and at the end), >= 1"""
+    eval_episodes: int = 10
+    """episodes per evaluation, >= 1"""
+    checkpoint_interval: int = 100_000
+    """environment steps between checkpoints, taken at the next episode end, >= 1"""
+    resume: str | None = None
+    """folder of the run to continue, bit for bit; its arguments come from there"""
+    evaluate: str | None = None
+    """folder of the run whose saved policy to evaluate instead of training"""
+    keep_replay: bool = False
+    """keep the replay data of a finished run, so that it can be resumed with a larger --total-timesteps"""
+    runs_dir: str = "runs"
+    """folder under which each run makes its own"""
+    track: bool = True
+    """mirror the run to Weights & Biases (offline when not logged in)"""
+    wandb_project_name: str = "nm-sparse-rl"
+    """project in Weights & Biases"""
+    wandb_entity: str | None = None
+    """user or team in Weights & Biases"""
+    capture_video: bool = False
+    """record one episode of the final policy as mp4"""
+
+    def __post_init__(self) -> None:
+        check_args(self)
+
+
+# --- The method ---------------------------------------------------------------------------------------------------
+
+
+def project(W: torch.Tensor, n: int, m: int) -> torch.Tensor:
+    """P_{N:M}: the mask E [out, in] (bool) of the n largest magnitudes in each m consecutive weights of a row of W."""
+    out_features, in_features = W.shape
+    magnitude = F.pad(W.abs(), (0, -in_features % m), value=-1.0)  # fill a ragged last group with what never wins (D1)
+    order = magnitude.view(out_features, -1, m).argsort(dim=2, descending=True, stable=True)  # [out, groups, m]
+    E = torch.zeros_like(order, dtype=torch.bool).scatter_(2, order[..., :n], True)
+    return E.view(out_features, -1)[:, :in_features].contiguous()
+
+
+class NMLinear(nn.Module):
+    """Linear layer with a row-wise N:M weight W~ [out, in] = W * E: x [B, in] -> [B, out].
+
+    Trained are the packed active weights `values` [out, kept] alone (D2); `index` [out, kept] holds their columns,
+    ascending in each row, kept = n * (in // m) + min(n, in % m). Between refreshes W is true only where E is False.
+    """
+
+    def __init__(self, in_features: int, out_features: int, n: int, m: int):
+        super().__init__()
+        dense = nn.Linear(in_features, out_features)  # D6, and the same draws as in the dense script
+        self.n, self.m, self.in_features = n, m, in_features
+        self.register_buffer("W", dense.weight.detach())
+        self.register_buffer("index", positions(project(self.W, n, m)))
+        self.values = nn.Parameter(self.W.gather(1, self.index))
+        self.bias = dense.bias
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """W~ [out, in], zero at the inactive positions; its gradient reaches the active weights alone."""
+        return torch.zeros_like(self.W).scatter(1, self.index, self.values)
+
+    @property
+    def mask(self) -> torch.Tensor:
+        """E [out, in], bool."""
+        return torch.zeros_like(self.W, dtype=torch.bool).scatter_(1, self.index, True)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+def positions(E: torch.Tensor) -> torch.Tensor:
+    """Columns [out, kept] of the active weights of mask E [out, in], ascending in each row."""
+    return E.nonzero()[:, 1].view(E.shape[0], -1)
+
+
+def nm_layers(net: nn.Module) -> dict[str, NMLinear]:
+    return {name: layer for name, layer in net.named_children() if isinstance(layer, NMLinear)}
+
+
+@torch.no_grad()
+def refresh_masks(agent: "Agent") -> None:
+    """Figure 1, right: write the active weights back to W, take the new mask from W, read at its positions (D2-D4)."""
+    for online, target, optimizer in (
+        (agent.actor, agent.target_actor, agent.actor_optimizer),
+        (agent.qf1, agent.qf1_target, agent.q_optimizer),
+        (agent.qf2, agent.qf2_target, agent.q_optimizer),
+    ):
+        for layer, target_layer in zip(nm_layers(online).values(), nm_layers(target).values(), strict=True):
+            stores = [(layer.W, layer.values), (target_layer.W, target_layer.values)]  # dense store, packed part
+            if state := optimizer.state.get(layer.values):  # none before Adam's first step
+                for name in ("exp_avg", "exp_avg_sq"):
+                    stores.append((state.setdefault(f"{name}_store", torch.zeros_like(layer.W)), state[name]))
+            for store, packed in stores:
+                store.scatter_(1, layer.index, packed)
+            layer.index.copy_(positions(project(layer.W, layer.n, layer.m)))
+            target_layer.index.copy_(layer.index)
+            for store, packed in stores:
+                packed.copy_(store.gather(1, layer.index))
+
+
+def get_masks(agent: "Agent") -> dict[str, torch.Tensor]:
+    """E of each N:M layer, by '<net>.<layer>'; the targets share them."""
+    nets = {"actor": agent.actor, "qf1": agent.qf1, "qf2": agent.qf2}
+    return {f"{net}.{name}": layer.mask.cpu() for net in nets for name, layer in nm_layers(nets[net]).items()}
+
+
+# --- shared: sad ---
+def sad_metrics(first: dict, previous: dict, current: dict) -> dict[str, float]:
+    """SAD_{i:j} = |E_i - E_j|_0 (Zhou et al., SR-STE) over twice the active weights; masks by '<net>.<layer>'."""
+    row = {}
+    for key, reference in (("sad", previous), ("sad_initial", first)):
+        for net in dict.fromkeys(name.split(".")[0] for name in current):
+            layers = [name for name in current if name.startswith(net + ".")]
+            counts = [int((reference[name] != current[name]).sum()) for name in layers]
+            active = [int(current[name].sum()) for name in layers]
+            row[f"{key}/{net}"] = sum(counts) / (2 * sum(active))
+            for name, count, ones in zip(layers, counts, active, strict=True):
+                row[f"{key}/{name.replace('.', '/')}"] = count / (2 * ones)
+            if key == "sad":
+                row[f"sad_count/{net}"] = sum(counts)
+    return row
+
+
+# --- end shared ---
+
+
+class Actor(nn.Module):
+    """Deterministic policy pi(s): obs [B, obs_dim] -> action [B, action_dim], inside the action bounds."""
+
+    def __init__(self, env: gym.Env, hidden_dim: int, layer=nn.Linear, head=nn.Linear):
+        super().__init__()
+        obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
+        self.fc1 = layer(obs_dim, hidden_dim)
+        self.fc2 = layer(hidden_dim, hidden_dim)
+        self.fc_mu = head(hidden_dim, action_dim)
+        low, high = torch.tensor(env.action_space.low), torch.tensor(env.action_space.high)
+        self.register_buffer("action_scale", (high - low) / 2)  # [action_dim], each dimension has its own
+        self.register_buffer("action_bias", (high + low) / 2)
+        self.register_buffer("action_low", low, persistent=False)
+        self.register_buffer("action_high", high, persistent=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = F.relu(self.fc1(x))
+        x = F.relu(self.fc2(x))
+        x = torch.tanh(self.fc_mu(x))
+        return x * self.action_scale + self.action_bias
+
+
+class QNetwork(nn.Module):
+    """Critic Q(s, a): obs [B, obs_dim], action [B, action_dim] -> value [B]."""
+
+    def __init__(self, env: gym.Env, hidden_dim: int, layer=nn.Linear, head=nn.Linear):
+        super().__init__()
+        obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
+        self.fc1 = layer(obs_dim + action_dim, hidden_dim)
+        self.fc2 = layer(hidden_dim, hidden_dim)
+        self.fc3 = head(hidden_dim, 1)
+
+    def forward(self, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
+        x = torch.cat([x, a], dim=1)
+        x = F.relu(self.fc1(x))
+        x = F.relu(self.fc2(x))
+        return self.fc3(x).squeeze(1)
+
+
+# --- shared: td3 ---
+@dataclass
+class Agent:
+    """The six networks of TD3 and the two optimizers; each has a state_dict."""
+
+    actor: Actor
+    qf1: QNetwork
+    qf2: QNetwork
+    target_actor: Actor
+    qf1_target: QNetwork
+    qf2_target: QNetwork
+    q_optimizer: optim.Adam
+    actor_optimizer: optim.Adam
+
+
+def make_agent(actor: Actor, qf1: QNetwork, qf2: QNetwork, learning_rate: float) -> Agent:
+    """Targets start as copies of the online networks; one Adam for the actor, one for both critics."""
+    targets = [copy.deepcopy(net).requires_grad_(False) for net in (actor, qf1, qf2)]
+    q_optimizer = optim.Adam([*qf1.parameters(), *qf2.parameters()], lr=learning_rate, fused=True)
+    actor_optimizer = optim.Adam(actor.parameters(), lr=learning_rate, fused=True)
+    return Agent(actor, qf1, qf2, *targets, q_optimizer, actor_optimizer)
+
+
+def update_critics(agent: Agent, data: "Batch", args: Args, generator: torch.Generator) -> dict[str, float]:
+    """One step of both critics towards the clipped double-Q target; returns the logged losses."""
+    with torch.no_grad():
+        noise = torch.randn(data.actions.shape, generator=generator, device=data.actions.device)
+        noise = (noise * args.policy_noise).clamp_(-args.noise_clip, args.noise_clip) * agent.actor.action_scale
+        next_state_actions = agent.target_actor(data.next_observations) + noise  # [B, action_dim]
+        next_state_actions = next_state_actions.clamp_(agent.actor.action_low, agent.actor.action_high)
+        qf1_next_target = agent.qf1_target(data.next_observations, next_state_actions)
+        qf2_next_target = agent.qf2_target(data.next_observations, next_state_actions)
+        min_qf_next_target = torch.min(qf1_next_target, qf2_next_target)
+        next_q_value = data.rewards + (1 - data.dones) * args.gamma * min_qf_next_target  # [B]
+
+    qf1_a_values = agent.qf1(data.observations, data.actions)  # [B]
+    qf2_a_values = agent.qf2(data.observations, data.actions)
+    qf1_loss = F.mse_loss(qf1_a_values, next_q_value)
+    qf2_loss = F.mse_loss(qf2_a_values, next_q_value)
+    qf_loss = qf1_loss + qf2_loss
+    agent.q_optimizer.zero_grad()
+    qf_loss.backward()
+    agent.q_optimizer.step()
+    return {
+        "losses/qf1_values": qf1_a_values.mean().item(),
+        "losses/qf2_values": qf2_a_values.mean().item(),
+        "losses/qf1_loss": qf1_loss.item(),
+        "losses/qf2_loss": qf2_loss.item(),
+        "losses/qf_loss": qf_loss.item() / 2,  # the mean of both, as CleanRL logs it
+    }
+
+
+def update_actor(agent: Agent, data: "Batch") -> dict[str, float]:
+    """One step of the actor up the first critic's gradient."""
+    actor_loss = -agent.qf1(data.observations, agent.actor(data.observations)).mean()
+    agent.actor_optimizer.zero_grad()
+    actor_loss.backward(inputs=list(agent.actor.parameters()))  # no weight gradients for the critic
+    agent.actor_optimizer.step()
+    return {"losses/actor_loss": actor_loss.item()}
+
+
+@torch.no_grad()
+def update_targets(agent: Agent, tau: float) -> None:
+    """target <- tau * online + (1 - tau) * target, for all three."""
+    online_nets = (agent.actor, agent.qf1, agent.qf2)
+    target_nets = (agent.target_actor, agent.qf1_target, agent.qf2_target)
+    for online, target in zip(online_nets, target_nets, strict=True):
+        for param, target_param in zip(online.parameters(), target.parameters(), strict=True):
+            target_param.lerp_(param, tau)
+
+
+def update_agent(agent: Agent, rb: "ReplayBuffer", args: Args, rng: dict, update: int) -> dict[str, float]:
+    """Update number `update` (from 1) of TD3, Algorithm 1: critics; every d-th time actor, then targets."""
+    data = rb.sample(args.batch_size, rng["replay"])
+    losses = update_critics(agent, data, args, rng["smoothing"])
+    if update % args.policy_frequency == 0:
+        losses |= update_actor(agent, data)
+        update_targets(agent, args.tau)
+    return losses
+
+
+# --- end shared ---
+
+
+def make_networks(args: Args, env: gym.Env, seed: int) -> tuple[Actor, QNetwork, QNetwork]:
+    """Actor and both critics, N:M, with PyTorch's default initialisation of W, drawn from `seed`."""
+    with torch.random.fork_rng(devices=[]):  # nn.Linear draws from the global generator: seeded here, restored after
+        torch.manual_seed(seed)
+        layer = partial(NMLinear, n=args.n, m=args.m)
+        sizes = (env, args.hidden_dim, layer, layer if args.sparse_head else nn.Linear)  # D5
+        actor = Actor(*sizes)
+        qf1, qf2 = QNetwork(*sizes), QNetwork(*sizes)
+    return actor.to(args.device), qf1.to(args.device), qf2.to(args.device)
+
+
+def train(args: Args) -> dict:
+    """Train RNM-TD3; returns run_dir, exit_reason and final_score. README: what is logged, and the files of a run."""
+    torch.set_num_threads(args.threads)
+    video = args.capture_video and can_render(args.env_id)
+    env = make_env(args.env_id)
+    rng = make_generators(args.seed, args.device)
+    agent = make_agent(*make_networks(args, env, *draw_seeds(rng["init"], 1)), args.learning_rate)
+    rb = ReplayBuffer(args.buffer_size, env, args.device)
+    eval_seeds = draw_seeds(rng["evaluation"], args.eval_episodes)
+    low, high = torch.tensor(env.action_space.low), torch.tensor(env.action_space.high)  # [action_dim]
+    exploration_scale = args.exploration_noise * (high - low) / 2
+    env.reset(seed=draw_seeds(rng["env_reset"], 1)[0])  # once: later resets go on with the environment's own generator
+
+    progress = {"global_step": 0, "update": 0, "wall_time_s": 0.0, "evaluations": [], "losses": {}}
+    first_masks = get_masks(agent)
+    progress["masks"] = record_masks({"kept": [], "stride": 1}, first_masks, 0, 0, 0)
+    if args.resume:
+        progress = load_checkpoint(args, agent, rb, rng, env)
+    global_step, update = progress["global_step"], progress["update"]
+    evaluations, losses, update_times = progress["evaluations"], progress["losses"], []
+    metrics = METRICS + list(sad_metrics(first_masks, first_masks, first_masks))
+
+    with Run(args, metrics, model_stats(args, layer_shapes(agent)), progress) as run:
+
+        def save() -> None:
+            progress.update(global_step=global_step, update=update, losses=losses)
+            save_masks(run.dir / "masks.npz", progress["masks"], first_masks)
+            save_checkpoint(run, progress, agent, rb, rng, env, dense_state(agent))
+
+        if global_step == 0:
+            with run.paused():
+                row = evaluate(agent.actor, args.env_id, eval_seeds)
+            run.log(0, row | {f"sparsity/density/{net}": d for net, d in run.stats["density"].items()})
+            save()
+
+        obs, _ = env.reset()
+        episodic_return, episodic_length = 0.0, 0
+        while global_step < args.total_timesteps:
+            if global_step < args.learning_starts:
+                action = low + (high - low) * torch.rand(low.shape, generator=rng["warmup"])
+            else:
+                noise = torch.randn(low.shape, generator=rng["exploration"]) * exploration_scale
+                action = (act(agent.actor, obs) + noise).clamp_(low, high)
+            action = action.numpy()
+
+            next_obs, reward, terminated, truncated, _ = env.step(action)
+            global_step += 1
+            check_finite(f"step {global_step}", observation=next_obs, reward=reward)
+            rb.add(obs, next_obs, action, reward, terminated)  # true successor; only termination cuts the bootstrap
+            obs = next_obs
+            episodic_return += float(reward)
+            episodic_length += 1
+
+            row = {}
+            if global_step > args.learning_starts:
+                start = time.perf_counter()
+                update += 1
+                losses |= update_agent(agent, rb, args, rng, update)
+                check_finite(f"step {global_step}", **losses)
+                if args.mask_update_interval and update % args.mask_update_interval == 0:
+                    masks = get_masks(agent)
+                    refresh_masks(agent)
+                    row |= sad_metrics(first_masks, masks, get_masks(agent))
+                    refresh = update // args.mask_update_interval
+                    record_masks(progress["masks"], get_masks(agent), refresh, global_step, update)
+                update_times.append(time.perf_counter() - start)
+
+            if terminated or truncated:
+                row |= {"charts/episodic_return": episodic_return, "charts/episodic_length": episodic_length}
+            if global_step % 1000 == 0:
+                row |= losses
+                row["charts/SPS"] = run.steps_per_second(global_step)
+                if update_times:
+                    row["charts/update_ms"] = 1e3 * statistics.fmean(update_times)
+                    update_times.clear()
+            if global_step % args.eval_interval == 0 or global_step == args.total_timesteps:
+                with run.paused():
+                    row |= evaluate(agent.actor, args.env_id, eval_seeds)
+                evaluations.append([global_step, row["eval/episodic_return"]])
+            if row:
+                run.log(global_step, row)
+            run.bar.update()
+
+            if terminated or truncated:
+                if run.checkpoint_due(global_step, env):
+                    save()
+                if run.stop_signal:
+                    break
+                obs, _ = env.reset()
+                episodic_return, episodic_length = 0.0, 0
+
+        if global_step >= args.total_timesteps:
+            save_masks(run.dir / "masks.npz", progress["masks"], first_masks)
+            run.finish(final_score(evaluations), dense_state(agent))
+            hardware_report(run, env, rb, make_agent(*make_networks(args, env, seed=0), args.learning_rate))
+            if video:
+                run.film(agent.actor, eval_seeds[0])
+    return {"run_dir": str(run.dir), "exit_reason": run.meta["exit_reason"], "final_score": run.meta["final_score"]}
+
+
+def layer_shapes(agent: Agent) -> dict[str, list[tuple[int, int, int]]]:
+    """(outputs, inputs, weights kept per row) of every layer of the online networks."""
+    nets = {"actor": agent.actor, "qf1": agent.qf1, "qf2": agent.qf2}
+    return {name: [kept_shape(layer) for layer in net.children()] for name, net in nets.items()}
+
+
+def kept_shape(layer: nn.Module) -> tuple[int, int, int]:
+    kept = layer.index.shape[1] if isinstance(layer, NMLinear) else layer.in_features
+    return layer.bias.shape[0], layer.in_features, kept
+
+
+def dense_state(agent: Agent) -> dict[str, dict[str, torch.Tensor]]:
+    """state_dict of each of the six networks, as model.pt holds them."""
+    states = {}
+    for name, net in vars(agent).items():
+        if isinstance(net, nn.Module):
+            states[name] = {key: value for key, value in net.state_dict().items() if "." not in key}
+            for layer_name, layer in net.named_children():
+                states[name][f"{layer_name}.weight"] = layer.weight.detach()
+                states[name][f"{layer_name}.bias"] = layer.bias.detach()
+    return states
+
+
+def record_masks(history: dict, masks: dict, refresh: int, global_step: int, update: int) -> dict:
+    """Keep about 100 masks, evenly spaced whatever the length of the run: every stride-th, thinned when too many."""
+    history["last"] = {name: torch.from_numpy(np.packbits(E.numpy())) for name, E in masks.items()}
+    history["last"] |= {"global_step": global_step, "update": update}
+    if refresh % history["stride"] == 0:
+        history["kept"].append(history["last"])
+    if len(history["kept"]) > 128:
+        history["kept"], history["stride"] = history["kept"][::2], history["stride"] * 2
+    return history
+
+
+def save_masks(path: Path, history: dict, first_masks: dict) -> None:
+    """masks.npz: global_step [S], update [S]; by layer bits [S, bytes] (np.packbits of E, row-major) and its shape."""
+    kept = history["kept"]
+    if kept[-1]["update"] != history["last"]["update"]:
+        kept = [*kept, history["last"]]
+    arrays = {name: np.array([snapshot[name] for snapshot in kept]) for name in ("global_step", "update")}
+    for name, E in first_masks.items():
+        arrays |= {name: np.stack([snapshot[name].numpy() for snapshot in kept]), f"{name}.shape": np.array(E.shape)}
+    write_atomic(path, lambda file: np.savez_compressed(file, **arrays))
+
+
+METRICS = (
+    "global_step charts/episodic_return charts/episodic_length charts/SPS charts/update_ms charts/wall_time_s"
+    " losses/qf1_values losses/qf2_values losses/qf1_loss losses/qf2_loss losses/qf_loss losses/actor_loss"
+    " eval/episodic_return eval/episodic_return_std eval/episodic_length"
+    " sparsity/density/actor sparsity/density/qf1 sparsity/density/qf2"
+).split()
+
+
+# --- From here on: what a first reader may skip -------------------------------------------------------------------
+
+
+# --- shared: arguments ---
+class UserError(Exception):
+    """Something that the user typed or pointed to is wrong: one line, exit code 2."""
+
+
+class NonFiniteError(Exception):
+    """NaN or infinity in an observation, a reward or a loss: one line, exit code 1."""
+
+
+def check_args(args: "Args") -> None:
+    """Raise UserError for a number out of the range that its help names."""
+    limits = {
+        (0, 2**63 - 1): "seed",
+        (1, 2**63): "total_timesteps buffer_size batch_size policy_frequency eval_interval eval_episodes"
+        " checkpoint_interval",
+        (0, 2**63): "learning_starts mask_update_interval policy_noise exploration_noise noise_clip",
+        (0, 1): "gamma tau learning_rate",
+        (1, 65_536): "hidden_dim n m",
+        (1, 1024): "threads",
+    }
+    for (low, high), names in limits.items():
+        for name in names.split():
+            value = getattr(args, name, low or high)
+            if not low <= value <= high or (name in ("tau", "learning_rate") and value == 0):
+                span = f"in ({low}, {high}]" if name in ("tau", "learning_rate") else f"from {low} to {high}"
+                raise UserError(f"{flag(name)} must be {span}, not {value}")
+    if getattr(args, "n", 1) > getattr(args, "m", 1) or getattr(args, "m", 1) > args.hidden_dim:
+        raise UserError(f"1 <= --n <= --m <= --hidden-dim is needed, not n {args.n}, m {args.m}, {args.hidden_dim}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here, use --device cpu")
+
+
+def parse_args(argv: list[str] | None = None) -> "Args":
+    """The command line; beside --resume or --evaluate the run's own arguments are the defaults and must be kept."""
+    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    finder.add_argument("--resume")
+    finder.add_argument("--evaluate")
+    found = finder.parse_known_args(argv)[0]
+    folder = found.resume or found.evaluate
+    if folder is None:
+        return tyro.cli(Args, description=__doc__, args=argv)
+    if found.resume and found.evaluate:
+        raise UserError("--resume and --evaluate exclude each other")
+    may_change = "evaluate eval_episodes capture_video seed device threads".split()
+    if found.resume:
+        may_change = "resume runs_dir total_timesteps checkpoint_interval track wandb_project_name wandb_entity \
+            capture_video".split()
+    try:
+        saved = Args(**read_meta(folder)["args"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder}/meta.json does not fit this version of the script: {first_line(error)}") from None
+    saved.resume = saved.evaluate = None
+    args = tyro.cli(Args, description=__doc__, args=argv, default=dataclasses.replace(saved))
+    for name, old in vars(saved).items():
+        if getattr(args, name) != old and name not in may_change:
+            raise UserError(f"{flag(name)} is {old} in {folder} and can't become {getattr(args, name)}")
+    if args.total_timesteps < saved.total_timesteps:
+        raise UserError(f"--total-timesteps is {saved.total_timesteps} in {folder} and can only grow")
+    return args
+
+
+def read_meta(folder: str) -> dict:
+    path = Path(folder) / "meta.json"
+    try:
+        meta = json.loads(path.read_text())
+        script = meta["script"]
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{folder} is not the folder of a run: {path} does not exist") from None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} is damaged: {first_line(error)}") from None
+    if script != Path(__file__).name:
+        raise UserError(f"{folder} was made by {script}, go on with that script")
+    return meta
+
+
+def flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def main() -> int:
+    """Exit codes: 0 done, 1 fault, 2 bad input, 130 Ctrl-C, 143 SIGTERM."""
+    try:
+        args = parse_args()
+        if args.evaluate:
+            evaluate_run(args)
+            return 0
+        meta = read_meta(args.resume) if args.resume else {"exit_reason": None}
+        if meta["exit_reason"] == "finished" and args.total_timesteps == meta["args"]["total_timesteps"]:
+            print(f"{args.resume} is finished (final score {meta['final_score']:.1f}), nothing to do")
+            return 0
+        return {"sigint": 130, "sigterm": 143}.get(train(args)["exit_reason"], 0)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (NonFiniteError, OSError) as error:
+        print(f"error: {first_line(error)}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+
+
+# --- end shared ---
+
+
+# --- shared: replay ---
+class Batch(NamedTuple):
+    observations: torch.Tensor  # [B, obs_dim]
+    actions: torch.Tensor  # [B, action_dim]
+    next_observations: torch.Tensor  # [B, obs_dim]
+    rewards: torch.Tensor  # [B]
+    dones: torch.Tensor  # [B], 1 where the episode terminated (not where it was cut off)
+
+
+class ReplayBuffer:
+    """Ring of transitions, one float32 row each, so that a batch is a single gather. Samples with replacement."""
+
+    FILE_ROWS = 100_000
+
+    def __init__(self, size: int, env: gym.Env, device: str):
+        obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
+        self.size, self.device = size, device
+        self.widths = [obs_dim, action_dim, obs_dim, 1, 1]  # obs | action | next obs | reward | done
+        try:
+            self.array = np.zeros((size, sum(self.widths)), np.float32)  # takes memory only as it fills
+        except (MemoryError, ValueError):
+            raise UserError(f"--buffer-size {size} needs {size * sum(self.widths) >> 28:,} GiB of memory") from None
+        self.rows = torch.from_numpy(self.array)
+        self.added = 0  # transitions ever added
+        self.files: list[list[int]] = []  # [start, stop) of the transitions in each file on disk
+
+    def add(self, obs, next_obs, action, reward, done) -> None:
+        row, a, n = self.array[self.added % self.size], self.widths[0], self.widths[0] + self.widths[1]
+        row[:a], row[a:n], row[n:-2], row[-2], row[-1] = obs, action, next_obs, reward, done
+        self.added += 1
+
+    def sample(self, batch_size: int, generator: torch.Generator) -> Batch:
+        index = torch.randint(min(self.added, self.size), (batch_size,), generator=generator)
+        rows = self.rows.index_select(0, index).to(self.device)
+        *matrices, rewards, dones = rows.split(self.widths, dim=1)
+        return Batch(*matrices, rewards.squeeze(1), dones.squeeze(1))
+
+    def save(self, folder: Path) -> None:
+        """Write the transitions since the last save to new files: those of older checkpoints are never touched."""
+        oldest = max(0, self.added - self.size)
+        start = max(oldest, self.files[-1][1] if self.files else 0)
+        self.files = [file for file in self.files if file[1] > oldest]
+        while start < self.added:
+            stop = min(start + self.FILE_ROWS, self.added)
+            rows = self.array[np.arange(start, stop) % self.size]
+            write_atomic(folder / f"{start}-{stop}.npy", lambda file, rows=rows: np.save(file, rows))
+            self.files.append([start, stop])
+            start = stop
+
+    def load(self, folder: Path, files: list[list[int]], added: int) -> None:
+        self.files, self.added = files, added
+        for start, stop in files:
+            first = max(start, added - self.size)
+            rows = np.load(folder / f"{start}-{stop}.npy", allow_pickle=False)
+            self.array[np.arange(first, stop) % self.size] = rows[first - start :]
+
+
+# --- end shared ---
+
+
+# --- shared: environment ---
+def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
+    """A plain environment; raises UserError where this script can't run on it."""
+    warnings.filterwarnings("ignore", ".*is out of date", DeprecationWarning)  # v4 is what was published
+    try:
+        env = gym.make(env_id, render_mode=render_mode, disable_env_checker=True)  # the checker takes time each step
+    except Exception as error:
+        near = [] if env_id in gym.registry else difflib.get_close_matches(env_id, gym.registry, cutoff=0.5)
+        hint = f" (close to it: {', '.join(near)})" if near else ""
+        raise UserError(f"--env-id {env_id}: {first_line(error)}{hint}") from None
+    obs, action = env.observation_space, env.action_space
+    if not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1:
+        raise UserError(f"--env-id {env_id} must have flat observations (a Box of one dimension), not {obs}")
+    if not isinstance(action, gym.spaces.Box) or len(action.shape) != 1:
+        raise UserError(f"--env-id {env_id} must have continuous actions (a Box of one dimension), not {action}")
+    if not (np.isfinite([action.low, action.high]).all() and (action.low < action.high).all()):
+        raise UserError(f"--env-id {env_id} must have bounded actions, not {action}")
+    return env
+
+
+def make_generators(seed: int, device: str) -> dict[str, torch.Generator]:
+    """A random stream for each purpose, so that none shifts another (D8)."""
+    names = ("init", "env_reset", "warmup", "exploration", "replay", "smoothing", "evaluation")
+    generators = {name: torch.Generator(device if name == "smoothing" else "cpu") for name in names}
+    for generator, child in zip(generators.values(), np.random.SeedSequence(seed).spawn(len(names)), strict=True):
+        generator.manual_seed(int(child.generate_state(1, np.uint64)[0] >> 1))
+    return generators
+
+
+def draw_seeds(generator: torch.Generator, count: int) -> list[int]:
+    return torch.randint(2**31, (count,), generator=generator).tolist()
+
+
+def check_finite(where: str, **values) -> None:
+    for name, value in values.items():
+        if not np.isfinite(value).all():
+            raise NonFiniteError(f"{where}: {name} is NaN or infinite")
+
+
+@torch.no_grad()
+def act(actor: "Actor", obs: np.ndarray) -> torch.Tensor:
+    """Noise-free action [action_dim] on the CPU. Copies obs: only torch's own memory is sure to be aligned."""
+    x = torch.tensor(obs, dtype=torch.float32).unsqueeze(0)
+    return actor(x.to(actor.action_scale.device))[0].cpu()
+
+
+def evaluate(actor: "Actor", env_id: str, seeds: list[int], video_dir: Path | None = None) -> dict[str, float]:
+    """Returns and lengths of the noise-free policy, an episode per seed, in an environment of its own."""
+    env = make_env(env_id, render_mode="rgb_array" if video_dir else None)
+    if video_dir:
+        env = gym.wrappers.RecordVideo(env, str(video_dir), episode_trigger=lambda _: True, disable_logger=True)
+    returns, lengths = [0.0] * len(seeds), [0] * len(seeds)
+    for episode, seed in enumerate(seeds):
+        obs, _ = env.reset(seed=seed)
+        done = False
+        while not done:
+            obs, reward, terminated, truncated, _ = env.step(act(actor, obs).numpy())
+            check_finite("evaluation", observation=obs, reward=reward)
+            returns[episode] += float(reward)
+            lengths[episode] += 1
+            done = terminated or truncated
+    env.close()
+    return {
+        "eval/episodic_return": float(np.mean(returns)),
+        "eval/episodic_return_std": float(np.std(returns)),
+        "eval/episodic_length": float(np.mean(lengths)),
+    }
+
+
+def evaluate_run(args: "Args") -> None:
+    """--evaluate: the run's own evaluation episodes (further ones come from the same stream), filmed if asked for."""
+    torch.set_num_threads(args.threads)
+    folder, video = Path(args.evaluate), args.capture_video and can_render(args.env_id)
+    actor = Actor(make_env(args.env_id), args.hidden_dim).to(args.device)  # plain nn.Linear layers
+    try:
+        actor.load_state_dict(torch.load(folder / "model.pt", weights_only=True, map_location=args.device)["actor"])
+    except Exception as error:
+        raise UserError(f"{folder / 'model.pt'} is missing, damaged or foreign: {first_line(error)}") from None
+    seeds = draw_seeds(make_generators(args.seed, args.device)["evaluation"], args.eval_episodes)
+    row = evaluate(actor, args.env_id, seeds, folder / "videos" if video else None)
+    print(f"{folder.name}: return {row['eval/episodic_return']:.1f} ± {row['eval/episodic_return_std']:.1f}, mean ± std"
+          f" of {len(seeds)} episodes{f', videos in {folder}/videos' if video else ''}")  # fmt: skip
+
+
+def can_render(env_id: str) -> bool:
+    """Try one frame, in a process of its own because a broken driver may kill it."""
+    environ = dict(os.environ)
+    if sys.platform == "linux" and "DISPLAY" not in environ:
+        environ.setdefault("MUJOCO_GL", "egl")
+    code = f"import gymnasium, moviepy; e = gymnasium.make({env_id!r}, render_mode='rgb_array'); e.reset(); e.render()"
+    trial = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True)
+    if trial.returncode == 0:
+        os.environ.update(environ)  # mujoco reads it when it is imported
+    else:
+        reason = (trial.stderr.strip() or f"exit code {trial.returncode}").splitlines()[-1]
+        print(f"warning: going on without video, a trial frame failed: {reason}", file=sys.stderr)
+    return trial.returncode == 0
+
+
+# --- end shared ---
+
+
+# --- shared: run ---
+class Run:
+    """What a run leaves behind (folder, W&B), its training clock, progress bar and signals."""
+
+    def __init__(self, args: "Args", metrics: list[str], stats: dict, progress: dict, kernel: str = "torch"):
+        self.args, self.stats, self.stop_signal, self.last_checkpoint = args, stats, None, progress["global_step"]
+        facts = {
+            "n": getattr(args, "n", None), "m": getattr(args, "m", None), "kernel": kernel, "threads": args.threads,
+            "hardware": hardware_name(args), **git_state(), **stats,
+            "versions": {"python": platform.python_version()}
+            | {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy", "wandb")},
+        }  # fmt: skip
+        if args.resume:
+            self.dir, self.meta = Path(args.resume), read_meta(args.resume)
+            for key in ("kernel", "threads", "hardware", "versions"):
+                if facts[key] != self.meta[key]:
+                    print(f"warning: not bit for bit: {key} was {self.meta[key]}, is {facts[key]}", file=sys.stderr)
+            facts = {"resumed": [*self.meta.get("resumed", []), {"global_step": self.last_checkpoint, **facts}]}
+        else:
+            self.dir = new_run_dir(args)
+            (self.dir / "replay").mkdir()
+            self.meta = {"script": Path(__file__).name, "run_name": self.dir.name, "start": utc_now()}
+        self.meta |= facts | {"args": vars(args) | {"resume": None}, "end": None, "exit_reason": "running"}
+        self.meta |= {"final_score": None}
+        self.csv = open_metrics(self.dir / "metrics.csv", metrics, self.last_checkpoint)
+        self.writer = csv.DictWriter(self.csv, metrics, lineterminator="\n")  # a key that is not in `metrics` raises
+        self.write_meta()
+        self.wandb = start_wandb(args, self.meta)
+        self.bar = tqdm(total=args.total_timesteps, initial=self.last_checkpoint, unit="step", desc=self.dir.name,
+                        dynamic_ncols=True, disable=not sys.stderr.isatty())  # fmt: skip
+        self.clock = time.perf_counter() - progress["wall_time_s"]
+        self.last_row = (self.last_checkpoint, progress["wall_time_s"])
+
+    def __enter__(self) -> "Run":
+        self.handlers = {}
+        if threading.current_thread() is threading.main_thread():
+            self.handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        self.say(f"{self.dir}: {'resumed' if self.args.resume else 'started'} at step {self.last_checkpoint}")
+        return self
+
+    def stop(self, number: int, _frame) -> None:
+        if self.stop_signal:
+            os._exit(128 + number)
+        self.stop_signal = signal.Signals(number).name.lower()
+        os.write(2, b"\nstopping at the end of this episode; once more to leave at once\n")
+
+    def __exit__(self, kind, error, _traceback) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+        self.bar.close()
+        last = f"last checkpoint: {self.dir / 'checkpoint.pt'}, step {self.last_checkpoint} (--resume {self.dir})"
+        if kind:
+            self.meta["exit_reason"] = "nan" if kind is NonFiniteError else "error"
+            print(f"stopped by {kind.__name__}; {last}", file=sys.stderr)
+        elif self.meta["exit_reason"] == "running":
+            self.meta["exit_reason"] = self.stop_signal
+            self.say(f"stopped by {self.stop_signal}; {last}")
+        self.meta["end"] = utc_now()
+        with contextlib.suppress(OSError):  # on a full disk the first error is the one to report
+            self.write_meta()
+        with contextlib.suppress(OSError):
+            self.csv.close()
+        if self.wandb:
+            self.wandb.finish(exit_code=int(self.meta["exit_reason"] != "finished"))
+
+    def say(self, message: str) -> None:
+        print(message, flush=True) if self.bar.disable else self.bar.write(message)
+
+    def write_meta(self) -> None:
+        text = json.dumps(self.meta, indent=2) + "\n"
+        write_atomic(self.dir / "meta.json", lambda file: file.write(text.encode()))
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Stop the training clock."""
+        start = time.perf_counter()
+        yield
+        self.clock += time.perf_counter() - start
+
+    def wall_time_s(self) -> float:
+        return time.perf_counter() - self.clock
+
+    def steps_per_second(self, global_step: int) -> float:
+        """Environment steps per training second since the last call."""
+        (step, seconds), self.last_row = self.last_row, (global_step, self.wall_time_s())
+        return (global_step - step) / (self.last_row[1] - seconds)
+
+    def log(self, global_step: int, row: dict[str, float]) -> None:
+        """Write a row of metrics.csv (on disk when this returns) and of W&B."""
+        row = {"global_step": global_step, "charts/wall_time_s": self.wall_time_s(), **row}
+        self.writer.writerow(row)
+        self.csv.flush()
+        if self.wandb:
+            self.wandb.log(row)
+        if "eval/episodic_return" in row:
+            result = f"eval return {row['eval/episodic_return']:.1f} ± {row['eval/episodic_return_std']:.1f}"
+            self.bar.set_postfix_str(result)
+            if self.bar.disable:
+                rate = global_step / row["charts/wall_time_s"]
+                left = (self.args.total_timesteps - global_step) / rate / 60 if rate else math.inf
+                self.say(f"step {global_step}: {result}, {rate:.0f} steps/s, {left:.1f} min left")
+
+    def checkpoint_due(self, global_step: int, env: gym.Env) -> bool:
+        """At an episode's end: after each interval, on a stop signal, and (--keep-replay) if it may be the last one."""
+        interval, episode = self.args.checkpoint_interval, env.spec.max_episode_steps or 0
+        last = self.args.keep_replay and global_step + episode >= self.args.total_timesteps
+        return last or bool(self.stop_signal) or global_step // interval > self.last_checkpoint // interval
+
+    def finish(self, score: float, model: dict) -> None:
+        """All training is done: write what remains to be written, drop what only a resume needs."""
+        write_torch(self.dir / "model.pt", model)
+        os.fsync(self.csv.fileno())
+        self.meta |= {"exit_reason": "finished", "final_score": score, "wall_time_s": self.wall_time_s()}
+        self.write_meta()
+        if not self.args.keep_replay:
+            shutil.rmtree(self.dir / "replay")
+        self.say(f"{self.dir}: finished, final score {score:.1f}")
+
+    def summarize(self, hardware: dict[str, float]) -> None:
+        self.meta["hardware_report"] = hardware
+        self.write_meta()
+        if self.wandb:
+            self.wandb.summary.update({"final_score": self.meta["final_score"], **hardware})
+            for path in (self.dir / "meta.json", self.dir / "masks.npz"):
+                if path.exists():
+                    self.wandb.save(path, base_path=self.dir, policy="now")
+
+    def film(self, actor: "Actor", seed: int) -> None:
+        try:
+            evaluate(actor, self.args.env_id, [seed], self.dir / "videos")
+            path = max((self.dir / "videos").glob("*.mp4"), key=os.path.getmtime)
+        except Exception as error:  # a finished run does not fail for a film
+            return self.say(f"warning: no video: {first_line(error)}")
+        self.say(f"video: {path}")
+        if self.wandb:
+            import wandb
+
+            self.wandb.log({"video": wandb.Video(str(path), format="mp4"), "global_step": self.args.total_timesteps})
+
+
+def new_run_dir(args: "Args") -> Path:
+    pattern = f"_{args.n}of{args.m}" if hasattr(args, "n") else ""
+    name = f"{args.env_id}__{args.exp_name}{pattern}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
+    name = re.sub(r"[^\w.-]", "-", name)
+    try:
+        Path(args.runs_dir).mkdir(parents=True, exist_ok=True)
+        for suffix in ("", *(f"-{number}" for number in range(2, 10_000))):
+            with contextlib.suppress(FileExistsError):
+                path = Path(args.runs_dir) / (name + suffix)
+                path.mkdir()
+                return path
+    except OSError as error:
+        raise UserError(f"--runs-dir {args.runs_dir} can't be written: {first_line(error)}") from None
+    raise UserError(f"--runs-dir {args.runs_dir} is full of runs named {name}")
+
+
+def open_metrics(path: Path, metrics: list[str], last_step: int):
+    """metrics.csv for appending, locked against a second process and cut back to the rows up to `last_step`."""
+    file = open(path, "a+", newline="")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise UserError(f"{path.parent} is being written by another process") from None
+    file.seek(0)
+    header, lines = ",".join(metrics) + "\n", file.readlines()
+    if not lines:
+        file.write(header)
+    elif lines[0] != header:
+        raise UserError(f"{path} was written by another version of this script")
+    else:
+        kept = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",")[0]) <= last_step]
+        file.truncate(len(header) + sum(map(len, kept)))
+    file.flush()
+    return file
+
+
+def start_wandb(args: "Args", meta: dict):
+    """A W&B run under the run's own name; offline, with a line that says so, without a login or a network."""
+    if not args.track:
+        return None
+    import wandb
+
+    pattern = f"{args.n}of{args.m}" if hasattr(args, "n") else "dense"
+    options = {
+        "project": args.wandb_project_name, "entity": args.wandb_entity, "id": meta["run_name"], "resume": "allow",
+        "name": meta["run_name"], "group": args.env_id, "tags": [pattern, Path(__file__).stem],
+        "config": {**meta["args"], "meta": {key: value for key, value in meta.items() if key != "args"}},
+        "settings": wandb.Settings(silent=True, console="off"),
+    }  # fmt: skip
+    offline = "WANDB_MODE" not in os.environ and not wandb.login(prompt=False, verify=False)
+    try:
+        run = wandb.init(mode="offline" if offline else None, **options)
+    except (wandb.errors.CommError, wandb.errors.AuthenticationError) as error:
+        print(f"warning: W&B can't be reached ({first_line(error)})", file=sys.stderr)
+        wandb.teardown()
+        run = wandb.init(mode="offline", **options)
+    run.define_metric("*", step_metric="global_step")
+    folder = Path(run.dir).parent
+    offline_line = f"W&B is offline: look with `wandb leet {folder.parent}`, upload with `wandb sync {folder}`"
+    print(offline_line if run.offline else f"W&B: {run.url}")
+    return run
+
+
+def write_atomic(path: Path, write) -> None:
+    """write(file) into a temporary file, then move it to `path`: the old or the new file is there, whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_torch(path: Path, content: dict) -> None:
+    buffer = io.BytesIO()  # torch.save itself doesn't report a full disk as an OSError
+    torch.save(content, buffer)
+    write_atomic(path, lambda file: file.write(buffer.getbuffer()))
+
+
+def save_checkpoint(run: Run, progress: dict, agent: "Agent", rb: ReplayBuffer, rng: dict, env: gym.Env, model) -> None:
+    """All that a resume needs at an episode's end: tensors and plain values, so that it loads with weights_only."""
+    with run.paused():
+        os.fsync(run.csv.fileno())
+        rb.save(run.dir / "replay")
+        write_torch(run.dir / "model.pt", model)
+        content = {
+            "progress": progress | {"wall_time_s": run.wall_time_s()},
+            "agent": {name: part.state_dict() for name, part in vars(agent).items()},
+            "rng": {name: generator.get_state() for name, generator in rng.items()},
+            "env_rng": env.unwrapped.np_random.bit_generator.state,
+            "replay": {"files": rb.files, "added": rb.added},
+        }
+        write_torch(run.dir / "checkpoint.pt", content)
+        run.last_checkpoint = progress["global_step"]
+        needed = {f"{start}-{stop}.npy" for start, stop in rb.files}
+        for path in (run.dir / "replay").iterdir():
+            if path.name not in needed:
+                path.unlink()
+
+
+def load_checkpoint(args: "Args", agent: "Agent", rb: ReplayBuffer, rng: dict, env: gym.Env) -> dict:
+    """Put the last checkpoint into freshly made objects (their memory stays theirs, so aligned); returns progress."""
+    path = Path(args.resume) / "checkpoint.pt"
+    if read_meta(args.resume)["exit_reason"] == "finished" and not args.keep_replay:
+        raise UserError(f"{args.resume} was finished without --keep-replay: its replay data is gone, it can't go on")
+    try:
+        content = torch.load(path, weights_only=True, map_location="cpu")
+        for name, part in vars(agent).items():
+            part.load_state_dict(content["agent"][name])
+        for name, generator in rng.items():
+            generator.set_state(content["rng"][name])
+        env.unwrapped.np_random.bit_generator.state = content["env_rng"]
+        rb.load(path.parent / "replay", **content["replay"])
+        return content["progress"]
+    except FileNotFoundError as error:
+        raise UserError(f"{args.resume} can't be resumed: {error.filename} is missing") from None
+    except Exception as error:
+        raise UserError(f"{path} or its replay data is damaged or foreign: {first_line(error)}") from None
+
+
+def final_score(evaluations: list[list]) -> float:
+    """Mean of the last 10 evaluations [step, return], of fewer than 20 the last half; none is from step 0."""
+    last = min(10, (len(evaluations) + 1) // 2)
+    return statistics.fmean(score for _, score in evaluations[-last:])
+
+
+def utc_now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def git_state() -> dict:
+    """Commit of this script's checkout and whether tracked files differ from it; None outside a checkout."""
+
+    def git(*command: str) -> str:
+        folder = str(Path(__file__).resolve().parent)
+        return subprocess.run(["git", "-C", folder, *command], capture_output=True, text=True).stdout.strip()
+
+    commit = git("rev-parse", "--verify", "--quiet", "HEAD") if shutil.which("git") else ""
+    return {"commit": commit or None, "dirty": bool(git("status", "--porcelain", "-uno")) if commit else None}
+
+
+def hardware_name(args: "Args") -> str:
+    cpu = platform.processor() or platform.machine()
+    with contextlib.suppress(OSError, StopIteration):
+        cpu = next(line for line in open("/proc/cpuinfo") if line.startswith("model name")).split(": ")[1].strip()
+    return f"{cpu}, {os.cpu_count()} cores" + (f", {torch.cuda.get_device_name()}" if args.device == "cuda" else "")
+
+
+def model_stats(args: "Args", shapes: dict[str, list[tuple[int, int, int]]]) -> dict:
+    """Size and work of the networks, dense and without the inactive weights.
+
+    shapes: (outputs, inputs, weights kept per row) of each layer of actor, qf1 and qf2. Packed bytes: 4 for a kept
+    value and 1 (2 if M > 256) for its place in the group. A product takes 2 * batch * weights FLOPs; an update has one
+    for each target, 3 for each critic (2 in layer 1), and every policy_frequency-th time 3 for the actor, 2 for qf1.
+    """
+    layers = [layer for net in shapes.values() for layer in net]
+    index_bytes = 1 if getattr(args, "m", 1) <= 256 else 2
+
+    def flops(column: int) -> float:
+        weights = {net: [layer[0] * layer[column] for layer in layers] for net, layers in shapes.items()}
+        actor, critic, first = sum(weights["actor"]), sum(weights["qf1"]), weights["qf1"][0]
+        products = actor + 2 * critic + 2 * (3 * critic - first) + (3 * actor + 2 * critic) / args.policy_frequency
+        return 2 * args.batch_size * products
+
+    return {
+        "density": {net: sum(o * k for o, _, k in s) / sum(o * i for o, i, _ in s) for net, s in shapes.items()},
+        "params_total": sum(o * i + o for o, i, _ in layers),
+        "params_active": sum(o * k + o for o, _, k in layers),
+        "bytes": {
+            "dense": sum(4 * (o * i + o) for o, i, _ in layers),
+            "packed": sum(4 * o + o * k * (4 + index_bytes * (k < i)) for o, i, k in layers),
+        },
+        "flops_per_update": {"dense": flops(1), "sparse": flops(2)},
+    }
+
+
+def hardware_report(run: Run, env: gym.Env, rb: ReplayBuffer, sparse: "Agent | None" = None) -> None:
+    """Time acting, a critic update and a whole update, with plain nn.Linear networks and with `sparse`, in turns."""
+    args, dim = run.args, run.args.hidden_dim
+    networks = [net.to(args.device) for net in (Actor(env, dim), QNetwork(env, dim), QNetwork(env, dim))]
+    agents = ({"packed": sparse} if sparse else {}) | {"dense": make_agent(*networks, args.learning_rate)}
+    rng, every = make_generators(0, args.device), range(1, args.policy_frequency + 1)
+    data = rb.sample(args.batch_size, rng["replay"])
+    obs = data.observations[0].cpu().numpy()
+    calls = {
+        "actor_us": lambda agent: act(agent.actor, obs),
+        "critic_update_us": lambda agent: update_critics(agent, data, args, rng["smoothing"]),
+        "update_us": lambda agent: [update_agent(agent, rb, args, rng, update) for update in every],
+    }
+    times, stop = {(key, name): [] for key in calls for name in agents}, time.perf_counter() + 3
+    while time.perf_counter() < stop:
+        for (key, name), values in times.items():
+            start = time.perf_counter()
+            calls[key](agents[name])
+            if args.device == "cuda":
+                torch.cuda.synchronize()
+            values.append((time.perf_counter() - start) * 1e6 / (len(every) if key == "update_us" else 1))
+    medians = {key: statistics.median(values[len(values) // 4 :]) for key, values in times.items()}  # less warm-up
+    table = [["", *agents]]
+    table += [[key.replace("_", " "), *(f"{medians[key, name]:,.0f}" for name in agents)] for key in calls]
+    table.append(["actor + critics KiB", *(f"{run.stats['bytes'][name] / 1024:,.0f}" for name in agents)])
+    run.say(f"{run.meta['hardware']}, {args.threads} threads, float32, batch {args.batch_size}; medians")
+    for cells in table:
+        run.say(f"{cells[0]:>20}" + "".join(f"{cell:>12}" for cell in cells[1:]))
+    own = next(iter(agents))
+    run.summarize({f"hardware/{key}" + "_dense" * (name != own): us for (key, name), us in medians.items()})
+
+
+# --- end shared ---
+
+
+if __name__ == "__main__":
+    sys.exit(main())
