@@ -1,16 +1,13 @@
-"""Dense TD3 for continuous control: the twin of rnm_td3_continuous.py, which is this file plus N:M sparsity.
+"""Dense TD3 for continuous control in one file: what rnm_td3_continuous.py is compared with.
 
-Paper: Fujimoto, van Hoof, Meger, "Addressing Function Approximation Error in Actor-Critic Methods", arXiv 1802.09477.
+Papers: Fujimoto, van Hoof, Meger, "Addressing Function Approximation Error in Actor-Critic Methods", arXiv 1802.09477.
 
-  Algorithm 1, clipped double-Q target, target policy smoothing (eq. 14)  -> update_critics
-  Algorithm 1, delayed deterministic policy gradient                      -> update_actor
-  Algorithm 1, Polyak averaging of the three targets                      -> update_targets
-  the order of everything                                                 -> train
+  Algorithm 1: clipped double-Q target, target smoothing         -> update_critics
+  Algorithm 1: delayed policy, Polyak-averaged targets           -> update_actor, update_targets
+  the order of everything                                        -> update_agent, train
 
-  train      python dense_td3_continuous.py --env-id Ant-v4
-  resume     python dense_td3_continuous.py --resume runs/<run_name>
-  evaluate   python dense_td3_continuous.py --evaluate runs/<run_name>
-  sparse     python rnm_td3_continuous.py --env-id Ant-v4 --n 1 --m 8
+Train with `python dense_td3_continuous.py --env-id Ant-v4`.
+Go on with --resume runs/<run_name>, see what a policy returns with --evaluate runs/<run_name>.
 """
 
 import argparse
@@ -112,9 +109,7 @@ class Args:
         check_args(self)
 
 
-# --- The method ---------------------------------------------------------------------------------------------------
-
-
+# --- shared: td3 ---
 class Actor(nn.Module):
     """Deterministic policy pi(s): obs [B, obs_dim] -> action [B, action_dim], inside the action bounds."""
 
@@ -154,7 +149,6 @@ class QNetwork(nn.Module):
         return self.fc3(x).squeeze(1)
 
 
-# --- shared: td3 ---
 @dataclass
 class Agent:
     """The six networks of TD3 and the two optimizers; each has a state_dict."""
@@ -239,7 +233,7 @@ def update_agent(agent: Agent, rb: "ReplayBuffer", args: Args, rng: dict, update
 
 
 def make_networks(args: Args, env: gym.Env, seed: int) -> tuple[Actor, QNetwork, QNetwork]:
-    """Actor and both critics with PyTorch's default initialisation, drawn from `seed`."""
+    """Actor and both critics, initialised by nn.Linear from `seed`."""
     with torch.random.fork_rng(devices=[]):  # nn.Linear draws from the global generator: seeded here, restored after
         torch.manual_seed(seed)
         actor = Actor(env, args.hidden_dim)
@@ -248,7 +242,7 @@ def make_networks(args: Args, env: gym.Env, seed: int) -> tuple[Actor, QNetwork,
 
 
 def train(args: Args) -> dict:
-    """Train TD3; returns run_dir, exit_reason and final_score. README: what is logged, and the files of a run."""
+    """Train; returns run_dir, exit_reason and final_score. README: what is logged, and the files of a run."""
     torch.set_num_threads(args.threads)
     video = args.capture_video and can_render(args.env_id)
     env = make_env(args.env_id)
@@ -336,15 +330,7 @@ def train(args: Args) -> dict:
     return {"run_dir": str(run.dir), "exit_reason": run.meta["exit_reason"], "final_score": run.meta["final_score"]}
 
 
-def layer_shapes(agent: Agent) -> dict[str, list[tuple[int, int, int]]]:
-    """(outputs, inputs, weights kept per row) of every layer of the online networks."""
-    nets = {"actor": agent.actor, "qf1": agent.qf1, "qf2": agent.qf2}
-    return {name: [(*layer.weight.shape, layer.in_features) for layer in net.children()] for name, net in nets.items()}
-
-
-def dense_state(agent: Agent) -> dict[str, dict[str, torch.Tensor]]:
-    """state_dict of each of the six networks, as model.pt holds them."""
-    return {name: net.state_dict() for name, net in vars(agent).items() if isinstance(net, nn.Module)}
+# --- From here on: what a first reader may skip -------------------------------------------------------------------
 
 
 METRICS = (
@@ -355,7 +341,13 @@ METRICS = (
 ).split()
 
 
-# --- From here on: what a first reader may skip -------------------------------------------------------------------
+def layer_shapes(agent: Agent) -> dict[str, list[tuple[int, int, int]]]:
+    """(outputs, inputs, weights kept per row) of every layer of the online networks."""
+    nets = {"actor": agent.actor, "qf1": agent.qf1, "qf2": agent.qf2}
+    return {
+        name: [(*layer.weight.shape, layer.weight.shape[1]) for layer in net.children()]
+        for name, net in nets.items()
+    }
 
 
 # --- shared: arguments ---
@@ -889,6 +881,18 @@ def load_checkpoint(args: "Args", agent: "Agent", rb: ReplayBuffer, rng: dict, e
         raise UserError(f"{args.resume} can't be resumed: {error.filename} is missing") from None
     except Exception as error:
         raise UserError(f"{path} or its replay data is damaged or foreign: {first_line(error)}") from None
+
+
+def dense_state(agent: "Agent") -> dict[str, dict[str, torch.Tensor]]:
+    """The six networks as model.pt holds them: weight (zeros where inactive) and bias of each layer, action scale."""
+    states = {}
+    for name, net in vars(agent).items():
+        if isinstance(net, nn.Module):
+            states[name] = {key: value for key, value in net.state_dict().items() if "." not in key}
+            for layer_name, layer in net.named_children():
+                states[name][f"{layer_name}.weight"] = layer.weight.detach()
+                states[name][f"{layer_name}.bias"] = layer.bias.detach()
+    return states
 
 
 def final_score(evaluations: list[list]) -> float:

@@ -1,18 +1,18 @@
-"""RNM-TD3: TD3 trained from scratch with all six networks row-wise N:M sparse, in one file.
+"""RNM-TD3 in one file: dense_td3_continuous.py with all six networks row-wise N:M sparse from scratch. Diff the two.
 
-Paper: Vrce, Kassler, Aydos, "RNM-TD3: N:M Semi-structured Sparse Reinforcement Learning From Scratch", arXiv
-2602.14578.
+Papers: Fujimoto, van Hoof, Meger, "Addressing Function Approximation Error in Actor-Critic Methods", arXiv 1802.09477.
+  Vrce, Kassler, Aydos, "RNM-TD3: N:M Semi-structured Sparse Reinforcement Learning From Scratch", arXiv 2602.14578.
 
   projection P_{N:M}, mask E                                     -> project
-  Figure 1, left: W and E give W~, only active weights learn     -> NMLinear
-  Figure 1, right: every K updates a new E is taken from W       -> refresh_masks
-  SAD (Sparse Architecture Divergence, arXiv 2102.04010)         -> sad_metrics
-  TD3, Algorithm 1 of arXiv 1802.09477                           -> update_critics, update_actor, update_targets, train
+  Figure 1, left: W and E give W~, active weights alone learn    -> NMLinear
+  Figure 1, right: after K updates a new E is taken from W       -> refresh_masks
+  SAD, Sparse Architecture Divergence (arXiv 2102.04010)         -> sad_metrics
+  Algorithm 1: clipped double-Q target, target smoothing         -> update_critics
+  Algorithm 1: delayed policy, Polyak-averaged targets           -> update_actor, update_targets
+  the order of everything                                        -> update_agent, train
 
-  train      python rnm_td3_continuous.py --env-id Ant-v4 --n 1 --m 8
-  resume     python rnm_td3_continuous.py --resume runs/<run_name>
-  evaluate   python rnm_td3_continuous.py --evaluate runs/<run_name>
-  dense      python dense_td3_continuous.py --env-id Ant-v4        (diff the two files: that is the method)
+Train with `python rnm_td3_continuous.py --env-id Ant-v4 --n 1 --m 8`.
+Go on with --resume runs/<run_name>, see what a policy returns with --evaluate runs/<run_name>.
 
 Decisions where the paper's abstract and figure are silent:
   D1  Groups never straddle rows; a row's last group of r < M columns keeps min(N, r). Ties: the lower column stays.
@@ -21,7 +21,7 @@ Decisions where the paper's abstract and figure are silent:
   D4  K (--mask-update-interval) counts critic updates; all six networks change together; 0 means static masks.
   D5  Input and hidden layers are N:M; the output layer only with --sparse-head; biases never.
   D6  W starts as nn.Linear's default, the first mask is P_{N:M}(W).
-  D7  N = M is the dense script bit for bit with --kernel torch.
+  D7  N = M is the dense script bit for bit (with --kernel torch).
   D8  One random stream per purpose: dense and sparse runs of a seed share warm-up data and replay indices.
 """
 
@@ -47,7 +47,6 @@ import threading
 import time
 import warnings
 from dataclasses import dataclass
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -135,9 +134,6 @@ class Args:
         check_args(self)
 
 
-# --- The method ---------------------------------------------------------------------------------------------------
-
-
 def project(W: torch.Tensor, n: int, m: int) -> torch.Tensor:
     """P_{N:M}: the mask E [out, in] (bool) of the n largest magnitudes in each m consecutive weights of a row of W."""
     out_features, in_features = W.shape
@@ -147,19 +143,24 @@ def project(W: torch.Tensor, n: int, m: int) -> torch.Tensor:
     return E.view(out_features, -1)[:, :in_features].contiguous()
 
 
+def positions(E: torch.Tensor) -> torch.Tensor:
+    """Columns [out, kept] of the active weights of mask E [out, in], ascending in each row."""
+    return E.nonzero()[:, 1].view(E.shape[0], -1)
+
+
 class NMLinear(nn.Module):
-    """Linear layer with a row-wise N:M weight W~ [out, in] = W * E: x [B, in] -> [B, out].
+    """nn.Linear made row-wise N:M: x [B, in] -> x W~^T + bias [B, out], W~ = W * E.
 
     Trained are the packed active weights `values` [out, kept] alone (D2); `index` [out, kept] holds their columns,
-    ascending in each row, kept = n * (in // m) + min(n, in % m). Between refreshes W is true only where E is False.
+    kept = n * (in // m) + min(n, in % m). Between refreshes W is true only where E is False.
     """
 
-    def __init__(self, in_features: int, out_features: int, n: int, m: int):
+    def __init__(self, dense: nn.Linear, n: int, m: int):
         super().__init__()
-        dense = nn.Linear(in_features, out_features)  # D6, and the same draws as in the dense script
-        self.n, self.m, self.in_features = n, m, in_features
-        self.register_buffer("W", dense.weight.detach())
-        self.register_buffer("index", positions(project(self.W, n, m)))
+        self.n, self.m, self.in_features = n, m, dense.in_features
+        self.register_buffer("W", dense.weight.detach())  # D6
+        self.register_buffer("E", project(self.W, n, m))
+        self.register_buffer("index", positions(self.E))
         self.values = nn.Parameter(self.W.gather(1, self.index))
         self.bias = dense.bias
 
@@ -168,18 +169,16 @@ class NMLinear(nn.Module):
         """W~ [out, in], zero at the inactive positions; its gradient reaches the active weights alone."""
         return torch.zeros_like(self.W).scatter(1, self.index, self.values)
 
-    @property
-    def mask(self) -> torch.Tensor:
-        """E [out, in], bool."""
-        return torch.zeros_like(self.W, dtype=torch.bool).scatter_(1, self.index, True)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight, self.bias)
 
 
-def positions(E: torch.Tensor) -> torch.Tensor:
-    """Columns [out, kept] of the active weights of mask E [out, in], ascending in each row."""
-    return E.nonzero()[:, 1].view(E.shape[0], -1)
+def sparsify(net: nn.Module, args: Args) -> nn.Module:
+    """Make the input and hidden layers of a network N:M, the output layer only with --sparse-head (D5)."""
+    names = [name for name, _ in net.named_children()]
+    for name in names if args.sparse_head else names[:-1]:
+        setattr(net, name, NMLinear(getattr(net, name), args.n, args.m))
+    return net
 
 
 def nm_layers(net: nn.Module) -> dict[str, NMLinear]:
@@ -201,8 +200,10 @@ def refresh_masks(agent: "Agent") -> None:
                     stores.append((state.setdefault(f"{name}_store", torch.zeros_like(layer.W)), state[name]))
             for store, packed in stores:
                 store.scatter_(1, layer.index, packed)
-            layer.index.copy_(positions(project(layer.W, layer.n, layer.m)))
-            target_layer.index.copy_(layer.index)
+            E = project(layer.W, layer.n, layer.m)
+            for changed in (layer, target_layer):
+                changed.E.copy_(E)
+                changed.index.copy_(positions(E))
             for store, packed in stores:
                 packed.copy_(store.gather(1, layer.index))
 
@@ -210,7 +211,7 @@ def refresh_masks(agent: "Agent") -> None:
 def get_masks(agent: "Agent") -> dict[str, torch.Tensor]:
     """E of each N:M layer, by '<net>.<layer>'; the targets share them."""
     nets = {"actor": agent.actor, "qf1": agent.qf1, "qf2": agent.qf2}
-    return {f"{net}.{name}": layer.mask.cpu() for net in nets for name, layer in nm_layers(nets[net]).items()}
+    return {f"{net}.{name}": layer.E.cpu().clone() for net in nets for name, layer in nm_layers(nets[net]).items()}
 
 
 # --- shared: sad ---
@@ -218,30 +219,29 @@ def sad_metrics(first: dict, previous: dict, current: dict) -> dict[str, float]:
     """SAD_{i:j} = |E_i - E_j|_0 (Zhou et al., SR-STE) over twice the active weights; masks by '<net>.<layer>'."""
     row = {}
     for key, reference in (("sad", previous), ("sad_initial", first)):
-        for net in dict.fromkeys(name.split(".")[0] for name in current):
-            layers = [name for name in current if name.startswith(net + ".")]
-            counts = [int((reference[name] != current[name]).sum()) for name in layers]
-            active = [int(current[name].sum()) for name in layers]
-            row[f"{key}/{net}"] = sum(counts) / (2 * sum(active))
-            for name, count, ones in zip(layers, counts, active, strict=True):
-                row[f"{key}/{name.replace('.', '/')}"] = count / (2 * ones)
+        for net in ("actor", "qf1", "qf2"):
+            count = {name: int((E != reference[name]).sum()) for name, E in current.items() if name.startswith(net)}
+            active = {name: int(current[name].sum()) for name in count}
+            row[f"{key}/{net}"] = sum(count.values()) / (2 * sum(active.values()))
+            row |= {f"{key}/{name.replace('.', '/')}": count[name] / (2 * active[name]) for name in count}
             if key == "sad":
-                row[f"sad_count/{net}"] = sum(counts)
+                row[f"sad_count/{net}"] = sum(count.values())
     return row
 
 
 # --- end shared ---
 
 
+# --- shared: td3 ---
 class Actor(nn.Module):
     """Deterministic policy pi(s): obs [B, obs_dim] -> action [B, action_dim], inside the action bounds."""
 
-    def __init__(self, env: gym.Env, hidden_dim: int, layer=nn.Linear, head=nn.Linear):
+    def __init__(self, env: gym.Env, hidden_dim: int):
         super().__init__()
         obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
-        self.fc1 = layer(obs_dim, hidden_dim)
-        self.fc2 = layer(hidden_dim, hidden_dim)
-        self.fc_mu = head(hidden_dim, action_dim)
+        self.fc1 = nn.Linear(obs_dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, hidden_dim)
+        self.fc_mu = nn.Linear(hidden_dim, action_dim)
         low, high = torch.tensor(env.action_space.low), torch.tensor(env.action_space.high)
         self.register_buffer("action_scale", (high - low) / 2)  # [action_dim], each dimension has its own
         self.register_buffer("action_bias", (high + low) / 2)
@@ -258,12 +258,12 @@ class Actor(nn.Module):
 class QNetwork(nn.Module):
     """Critic Q(s, a): obs [B, obs_dim], action [B, action_dim] -> value [B]."""
 
-    def __init__(self, env: gym.Env, hidden_dim: int, layer=nn.Linear, head=nn.Linear):
+    def __init__(self, env: gym.Env, hidden_dim: int):
         super().__init__()
         obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
-        self.fc1 = layer(obs_dim + action_dim, hidden_dim)
-        self.fc2 = layer(hidden_dim, hidden_dim)
-        self.fc3 = head(hidden_dim, 1)
+        self.fc1 = nn.Linear(obs_dim + action_dim, hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, hidden_dim)
+        self.fc3 = nn.Linear(hidden_dim, 1)
 
     def forward(self, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         x = torch.cat([x, a], dim=1)
@@ -272,7 +272,6 @@ class QNetwork(nn.Module):
         return self.fc3(x).squeeze(1)
 
 
-# --- shared: td3 ---
 @dataclass
 class Agent:
     """The six networks of TD3 and the two optimizers; each has a state_dict."""
@@ -357,18 +356,16 @@ def update_agent(agent: Agent, rb: "ReplayBuffer", args: Args, rng: dict, update
 
 
 def make_networks(args: Args, env: gym.Env, seed: int) -> tuple[Actor, QNetwork, QNetwork]:
-    """Actor and both critics, N:M, with PyTorch's default initialisation of W, drawn from `seed`."""
+    """Actor and both critics, initialised by nn.Linear from `seed`."""
     with torch.random.fork_rng(devices=[]):  # nn.Linear draws from the global generator: seeded here, restored after
         torch.manual_seed(seed)
-        layer = partial(NMLinear, n=args.n, m=args.m)
-        sizes = (env, args.hidden_dim, layer, layer if args.sparse_head else nn.Linear)  # D5
-        actor = Actor(*sizes)
-        qf1, qf2 = QNetwork(*sizes), QNetwork(*sizes)
-    return actor.to(args.device), qf1.to(args.device), qf2.to(args.device)
+        actor = Actor(env, args.hidden_dim)
+        qf1, qf2 = QNetwork(env, args.hidden_dim), QNetwork(env, args.hidden_dim)
+    return tuple(sparsify(net, args).to(args.device) for net in (actor, qf1, qf2))
 
 
 def train(args: Args) -> dict:
-    """Train RNM-TD3; returns run_dir, exit_reason and final_score. README: what is logged, and the files of a run."""
+    """Train; returns run_dir, exit_reason and final_score. README: what is logged, and the files of a run."""
     torch.set_num_threads(args.threads)
     video = args.capture_video and can_render(args.env_id)
     env = make_env(args.env_id)
@@ -382,7 +379,8 @@ def train(args: Args) -> dict:
 
     progress = {"global_step": 0, "update": 0, "wall_time_s": 0.0, "evaluations": [], "losses": {}}
     first_masks = get_masks(agent)
-    progress["masks"] = record_masks({"kept": [], "stride": 1}, first_masks, 0, 0, 0)
+    progress["masks"] = []
+    record_masks(progress["masks"], first_masks, refresh=0, global_step=0, update=0)
     if args.resume:
         progress = load_checkpoint(args, agent, rb, rng, env)
     global_step, update = progress["global_step"], progress["update"]
@@ -467,49 +465,7 @@ def train(args: Args) -> dict:
     return {"run_dir": str(run.dir), "exit_reason": run.meta["exit_reason"], "final_score": run.meta["final_score"]}
 
 
-def layer_shapes(agent: Agent) -> dict[str, list[tuple[int, int, int]]]:
-    """(outputs, inputs, weights kept per row) of every layer of the online networks."""
-    nets = {"actor": agent.actor, "qf1": agent.qf1, "qf2": agent.qf2}
-    return {name: [kept_shape(layer) for layer in net.children()] for name, net in nets.items()}
-
-
-def kept_shape(layer: nn.Module) -> tuple[int, int, int]:
-    kept = layer.index.shape[1] if isinstance(layer, NMLinear) else layer.in_features
-    return layer.bias.shape[0], layer.in_features, kept
-
-
-def dense_state(agent: Agent) -> dict[str, dict[str, torch.Tensor]]:
-    """state_dict of each of the six networks, as model.pt holds them."""
-    states = {}
-    for name, net in vars(agent).items():
-        if isinstance(net, nn.Module):
-            states[name] = {key: value for key, value in net.state_dict().items() if "." not in key}
-            for layer_name, layer in net.named_children():
-                states[name][f"{layer_name}.weight"] = layer.weight.detach()
-                states[name][f"{layer_name}.bias"] = layer.bias.detach()
-    return states
-
-
-def record_masks(history: dict, masks: dict, refresh: int, global_step: int, update: int) -> dict:
-    """Keep about 100 masks, evenly spaced whatever the length of the run: every stride-th, thinned when too many."""
-    history["last"] = {name: torch.from_numpy(np.packbits(E.numpy())) for name, E in masks.items()}
-    history["last"] |= {"global_step": global_step, "update": update}
-    if refresh % history["stride"] == 0:
-        history["kept"].append(history["last"])
-    if len(history["kept"]) > 128:
-        history["kept"], history["stride"] = history["kept"][::2], history["stride"] * 2
-    return history
-
-
-def save_masks(path: Path, history: dict, first_masks: dict) -> None:
-    """masks.npz: global_step [S], update [S]; by layer bits [S, bytes] (np.packbits of E, row-major) and its shape."""
-    kept = history["kept"]
-    if kept[-1]["update"] != history["last"]["update"]:
-        kept = [*kept, history["last"]]
-    arrays = {name: np.array([snapshot[name] for snapshot in kept]) for name in ("global_step", "update")}
-    for name, E in first_masks.items():
-        arrays |= {name: np.stack([snapshot[name].numpy() for snapshot in kept]), f"{name}.shape": np.array(E.shape)}
-    write_atomic(path, lambda file: np.savez_compressed(file, **arrays))
+# --- From here on: what a first reader may skip -------------------------------------------------------------------
 
 
 METRICS = (
@@ -520,7 +476,28 @@ METRICS = (
 ).split()
 
 
-# --- From here on: what a first reader may skip -------------------------------------------------------------------
+def layer_shapes(agent: Agent) -> dict[str, list[tuple[int, int, int]]]:
+    """(outputs, inputs, weights kept per row) of every layer of the online networks."""
+    nets = {"actor": agent.actor, "qf1": agent.qf1, "qf2": agent.qf2}
+    return {
+        name: [(*layer.weight.shape, getattr(layer, "index", layer.weight).shape[1]) for layer in net.children()]
+        for name, net in nets.items()
+    }
+
+
+def record_masks(history: list[dict], masks: dict, refresh: int, global_step: int, update: int) -> None:
+    """Add a snapshot; the first, the last and every stride-th stay, 65 to 129 of them however long the run is."""
+    stride = 2 ** (refresh // 128).bit_length()
+    history[:] = [snapshot for snapshot in history if snapshot["refresh"] % stride == 0]
+    bits = {name: torch.from_numpy(np.packbits(E.numpy())) for name, E in masks.items()}
+    history.append({"refresh": refresh, "global_step": global_step, "update": update, **bits})
+
+
+def save_masks(path: Path, history: list[dict], masks: dict) -> None:
+    """masks.npz: global_step [S], update [S]; for each layer uint8 [S, bytes] (np.packbits of E, row-major), shape."""
+    arrays = {key: np.stack([np.asarray(snapshot[key]) for snapshot in history]) for key in history[0]}
+    arrays |= {f"{name}.shape": np.array(E.shape) for name, E in masks.items()}
+    write_atomic(path, lambda file: np.savez_compressed(file, **arrays))
 
 
 # --- shared: arguments ---
@@ -1054,6 +1031,18 @@ def load_checkpoint(args: "Args", agent: "Agent", rb: ReplayBuffer, rng: dict, e
         raise UserError(f"{args.resume} can't be resumed: {error.filename} is missing") from None
     except Exception as error:
         raise UserError(f"{path} or its replay data is damaged or foreign: {first_line(error)}") from None
+
+
+def dense_state(agent: "Agent") -> dict[str, dict[str, torch.Tensor]]:
+    """The six networks as model.pt holds them: weight (zeros where inactive) and bias of each layer, action scale."""
+    states = {}
+    for name, net in vars(agent).items():
+        if isinstance(net, nn.Module):
+            states[name] = {key: value for key, value in net.state_dict().items() if "." not in key}
+            for layer_name, layer in net.named_children():
+                states[name][f"{layer_name}.weight"] = layer.weight.detach()
+                states[name][f"{layer_name}.bias"] = layer.bias.detach()
+    return states
 
 
 def final_score(evaluations: list[list]) -> float:
