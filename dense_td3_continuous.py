@@ -276,11 +276,10 @@ def train(args: Args) -> dict:
         episodic_return, episodic_length = 0.0, 0
         while global_step < args.total_timesteps:
             if global_step < args.learning_starts:
-                action = low + (high - low) * torch.rand(low.shape, generator=rng["warmup"])
+                action = (low + (high - low) * torch.rand(low.shape, generator=rng["warmup"])).numpy()
             else:
                 noise = torch.randn(low.shape, generator=rng["exploration"]) * exploration_scale
-                action = (act(agent.actor, obs) + noise).clamp_(low, high)
-            action = action.numpy()
+                action = (act(agent.actor, obs) + noise).clamp_(low, high).numpy()
 
             next_obs, reward, terminated, truncated, _ = env.step(action)
             global_step += 1
@@ -324,7 +323,7 @@ def train(args: Args) -> dict:
 
         if global_step >= args.total_timesteps:
             run.finish(final_score(evaluations), dense_state(agent))
-            hardware_report(run, env, rb)
+            hardware_report(run, env, rb, make_networks(args, env, seed=0))
             if video:
                 run.film(agent.actor, eval_seeds[0])
     return {"run_dir": str(run.dir), "exit_reason": run.meta["exit_reason"], "final_score": run.meta["final_score"]}
@@ -374,8 +373,9 @@ def check_args(args: "Args") -> None:
         for name in names.split():
             value = getattr(args, name, low or high)
             if not low <= value <= high or (name in ("tau", "learning_rate") and value == 0):
-                span = f"in ({low}, {high}]" if name in ("tau", "learning_rate") else f"from {low} to {high}"
-                raise UserError(f"{flag(name)} must be {span}, not {value}")
+                least = f"more than {low}" if name in ("tau", "learning_rate") else f"at least {low}"
+                most = f" and at most {high}" if high < 2**63 - 1 else ""
+                raise UserError(f"{flag(name)} must be {least}{most}, not {value}")
     if getattr(args, "n", 1) > getattr(args, "m", 1) or getattr(args, "m", 1) > args.hidden_dim:
         raise UserError(f"1 <= --n <= --m <= --hidden-dim is needed, not n {args.n}, m {args.m}, {args.hidden_dim}")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -718,15 +718,19 @@ class Run:
             result = f"eval return {row['eval/episodic_return']:.1f} ± {row['eval/episodic_return_std']:.1f}"
             self.bar.set_postfix_str(result)
             if self.bar.disable:
-                rate = global_step / row["charts/wall_time_s"]
+                rate = row.get("charts/SPS") or global_step / row["charts/wall_time_s"]
                 left = (self.args.total_timesteps - global_step) / rate / 60 if rate else math.inf
                 self.say(f"step {global_step}: {result}, {rate:.0f} steps/s, {left:.1f} min left")
 
     def checkpoint_due(self, global_step: int, env: gym.Env) -> bool:
-        """At an episode's end: after each interval, on a stop signal, and (--keep-replay) if it may be the last one."""
-        interval, episode = self.args.checkpoint_interval, env.spec.max_episode_steps or 0
-        last = self.args.keep_replay and global_step + episode >= self.args.total_timesteps
-        return last or bool(self.stop_signal) or global_step // interval > self.last_checkpoint // interval
+        """At an episode's end: after each interval, on a stop signal, and (--keep-replay) if it may be the last one.
+
+        Never at the very end, whose extra evaluation a longer run would not have made.
+        """
+        interval, left = self.args.checkpoint_interval, self.args.total_timesteps - global_step
+        last = self.args.keep_replay and left <= (env.spec.max_episode_steps or 0)
+        passed = global_step // interval > self.last_checkpoint // interval
+        return left > 0 and (passed or last or bool(self.stop_signal))
 
     def finish(self, score: float, model: dict) -> None:
         """All training is done: write what remains to be written, drop what only a resume needs."""
@@ -744,8 +748,8 @@ class Run:
         if self.wandb:
             self.wandb.summary.update({"final_score": self.meta["final_score"], **hardware})
             for path in (self.dir / "meta.json", self.dir / "masks.npz"):
-                if path.exists():
-                    self.wandb.save(path, base_path=self.dir, policy="now")
+                if path.exists():  # a copy: it stays when the run's folder goes
+                    self.wandb.save(shutil.copy(path, self.wandb.dir), base_path=self.wandb.dir, policy="now")
 
     def film(self, actor: "Actor", seed: int) -> None:
         try:
@@ -951,11 +955,12 @@ def model_stats(args: "Args", shapes: dict[str, list[tuple[int, int, int]]]) -> 
     }
 
 
-def hardware_report(run: Run, env: gym.Env, rb: ReplayBuffer, sparse: "Agent | None" = None) -> None:
-    """Time acting, a critic update and a whole update, with plain nn.Linear networks and with `sparse`, in turns."""
+def hardware_report(run: Run, env: gym.Env, rb: ReplayBuffer, networks: tuple, seconds: float = 3) -> None:
+    """Time acting, a critic update and a whole update with `networks` and, in turns, with plain nn.Linear ones."""
     args, dim = run.args, run.args.hidden_dim
-    networks = [net.to(args.device) for net in (Actor(env, dim), QNetwork(env, dim), QNetwork(env, dim))]
-    agents = ({"packed": sparse} if sparse else {}) | {"dense": make_agent(*networks, args.learning_rate)}
+    plain = [net.to(args.device) for net in (Actor(env, dim), QNetwork(env, dim), QNetwork(env, dim))]
+    own = "dense" if isinstance(networks[0].fc1, nn.Linear) else "packed"
+    agents = {name: make_agent(*nets, args.learning_rate) for name, nets in ((own, networks), ("dense", plain))}
     rng, every = make_generators(0, args.device), range(1, args.policy_frequency + 1)
     data = rb.sample(args.batch_size, rng["replay"])
     obs = data.observations[0].cpu().numpy()
@@ -964,7 +969,7 @@ def hardware_report(run: Run, env: gym.Env, rb: ReplayBuffer, sparse: "Agent | N
         "critic_update_us": lambda agent: update_critics(agent, data, args, rng["smoothing"]),
         "update_us": lambda agent: [update_agent(agent, rb, args, rng, update) for update in every],
     }
-    times, stop = {(key, name): [] for key in calls for name in agents}, time.perf_counter() + 3
+    times, stop = {(key, name): [] for key in calls for name in agents}, time.perf_counter() + seconds
     while time.perf_counter() < stop:
         for (key, name), values in times.items():
             start = time.perf_counter()
@@ -979,7 +984,6 @@ def hardware_report(run: Run, env: gym.Env, rb: ReplayBuffer, sparse: "Agent | N
     run.say(f"{run.meta['hardware']}, {args.threads} threads, float32, batch {args.batch_size}; medians")
     for cells in table:
         run.say(f"{cells[0]:>20}" + "".join(f"{cell:>12}" for cell in cells[1:]))
-    own = next(iter(agents))
     run.summarize({f"hardware/{key}" + "_dense" * (name != own): us for (key, name), us in medians.items()})
 
 

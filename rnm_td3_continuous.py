@@ -1,4 +1,4 @@
-"""RNM-TD3 in one file: dense_td3_continuous.py with all six networks row-wise N:M sparse from scratch. Diff the two.
+"""RNM-TD3 in one file: dense_td3_continuous.py with all six networks row-wise N:M sparse from scratch.
 
 Papers: Fujimoto, van Hoof, Meger, "Addressing Function Approximation Error in Actor-Critic Methods", arXiv 1802.09477.
   Vrce, Kassler, Aydos, "RNM-TD3: N:M Semi-structured Sparse Reinforcement Learning From Scratch", arXiv 2602.14578.
@@ -13,7 +13,6 @@ Papers: Fujimoto, van Hoof, Meger, "Addressing Function Approximation Error in A
 
 Train with `python rnm_td3_continuous.py --env-id Ant-v4 --n 1 --m 8`.
 Go on with --resume runs/<run_name>, see what a policy returns with --evaluate runs/<run_name>.
-
 Decisions where the paper's abstract and figure are silent:
   D1  Groups never straddle rows; a row's last group of r < M columns keeps min(N, r). Ties: the lower column stays.
   D2  Trained are the packed active weights; inactive ones and their Adam moments rest in dense stores, unchanged.
@@ -102,7 +101,7 @@ class Args:
     sparse_head: bool = False
     """make the output layers N:M too"""
     kernel: Literal["auto", "torch"] = "auto"
-    """product of the N:M layers: torch scatters into zeros; auto takes the fastest there is"""
+    """product of the N:M layers: torch scatters into zeros and runs anywhere; auto takes the fastest there is"""
     device: Literal["cpu", "cuda"] = "cpu"
     """where the networks live"""
     threads: int = 1
@@ -136,23 +135,17 @@ class Args:
 
 def project(W: torch.Tensor, n: int, m: int) -> torch.Tensor:
     """P_{N:M}: the mask E [out, in] (bool) of the n largest magnitudes in each m consecutive weights of a row of W."""
-    out_features, in_features = W.shape
-    magnitude = F.pad(W.abs(), (0, -in_features % m), value=-1.0)  # fill a ragged last group with what never wins (D1)
-    order = magnitude.view(out_features, -1, m).argsort(dim=2, descending=True, stable=True)  # [out, groups, m]
+    magnitude = F.pad(W.abs(), (0, -W.shape[1] % m), value=-1.0)  # fill a ragged last group with what never wins (D1)
+    order = magnitude.view(len(W), -1, m).argsort(dim=2, descending=True, stable=True)  # [out, groups, m]
     E = torch.zeros_like(order, dtype=torch.bool).scatter_(2, order[..., :n], True)
-    return E.view(out_features, -1)[:, :in_features].contiguous()
-
-
-def positions(E: torch.Tensor) -> torch.Tensor:
-    """Columns [out, kept] of the active weights of mask E [out, in], ascending in each row."""
-    return E.nonzero()[:, 1].view(E.shape[0], -1)
+    return E.view(len(W), -1)[:, : W.shape[1]].contiguous()
 
 
 class NMLinear(nn.Module):
     """nn.Linear made row-wise N:M: x [B, in] -> x W~^T + bias [B, out], W~ = W * E.
 
-    Trained are the packed active weights `values` [out, kept] alone (D2); `index` [out, kept] holds their columns,
-    kept = n * (in // m) + min(n, in % m). Between refreshes W is true only where E is False.
+    Trained are the packed active weights `values` [out, kept] alone (D2); `index` [out, kept] holds their columns in
+    ascending order; kept = n * (in // m) + min(n, in % m). Between refreshes W is true only where E is False.
     """
 
     def __init__(self, dense: nn.Linear, n: int, m: int):
@@ -160,7 +153,7 @@ class NMLinear(nn.Module):
         self.n, self.m, self.in_features = n, m, dense.in_features
         self.register_buffer("W", dense.weight.detach())  # D6
         self.register_buffer("E", project(self.W, n, m))
-        self.register_buffer("index", positions(self.E))
+        self.register_buffer("index", self.E.nonzero()[:, 1].view(dense.out_features, -1))
         self.values = nn.Parameter(self.W.gather(1, self.index))
         self.bias = dense.bias
 
@@ -203,7 +196,7 @@ def refresh_masks(agent: "Agent") -> None:
             E = project(layer.W, layer.n, layer.m)
             for changed in (layer, target_layer):
                 changed.E.copy_(E)
-                changed.index.copy_(positions(E))
+                changed.index.copy_(E.nonzero()[:, 1].view_as(layer.index))
             for store, packed in stores:
                 packed.copy_(store.gather(1, layer.index))
 
@@ -214,7 +207,6 @@ def get_masks(agent: "Agent") -> dict[str, torch.Tensor]:
     return {f"{net}.{name}": layer.E.cpu().clone() for net in nets for name, layer in nm_layers(nets[net]).items()}
 
 
-# --- shared: sad ---
 def sad_metrics(first: dict, previous: dict, current: dict) -> dict[str, float]:
     """SAD_{i:j} = |E_i - E_j|_0 (Zhou et al., SR-STE) over twice the active weights; masks by '<net>.<layer>'."""
     row = {}
@@ -227,9 +219,6 @@ def sad_metrics(first: dict, previous: dict, current: dict) -> dict[str, float]:
             if key == "sad":
                 row[f"sad_count/{net}"] = sum(count.values())
     return row
-
-
-# --- end shared ---
 
 
 # --- shared: td3 ---
@@ -379,15 +368,14 @@ def train(args: Args) -> dict:
 
     progress = {"global_step": 0, "update": 0, "wall_time_s": 0.0, "evaluations": [], "losses": {}}
     first_masks = get_masks(agent)
-    progress["masks"] = []
-    record_masks(progress["masks"], first_masks, refresh=0, global_step=0, update=0)
+    progress["masks"] = add_masks([], first_masks, global_step=0, update=0, refresh=0)
     if args.resume:
         progress = load_checkpoint(args, agent, rb, rng, env)
     global_step, update = progress["global_step"], progress["update"]
     evaluations, losses, update_times = progress["evaluations"], progress["losses"], []
-    metrics = METRICS + list(sad_metrics(first_masks, first_masks, first_masks))
 
-    with Run(args, metrics, model_stats(args, layer_shapes(agent)), progress) as run:
+    metrics = METRICS + list(sad_metrics(first_masks, first_masks, first_masks))
+    with Run(args, metrics, model_stats(args, layer_shapes(agent)), progress, pick_kernel(args)) as run:
 
         def save() -> None:
             progress.update(global_step=global_step, update=update, losses=losses)
@@ -404,11 +392,10 @@ def train(args: Args) -> dict:
         episodic_return, episodic_length = 0.0, 0
         while global_step < args.total_timesteps:
             if global_step < args.learning_starts:
-                action = low + (high - low) * torch.rand(low.shape, generator=rng["warmup"])
+                action = (low + (high - low) * torch.rand(low.shape, generator=rng["warmup"])).numpy()
             else:
                 noise = torch.randn(low.shape, generator=rng["exploration"]) * exploration_scale
-                action = (act(agent.actor, obs) + noise).clamp_(low, high)
-            action = action.numpy()
+                action = (act(agent.actor, obs) + noise).clamp_(low, high).numpy()
 
             next_obs, reward, terminated, truncated, _ = env.step(action)
             global_step += 1
@@ -424,12 +411,11 @@ def train(args: Args) -> dict:
                 update += 1
                 losses |= update_agent(agent, rb, args, rng, update)
                 check_finite(f"step {global_step}", **losses)
-                if args.mask_update_interval and update % args.mask_update_interval == 0:
+                if (K := args.mask_update_interval) and update % K == 0:
                     masks = get_masks(agent)
                     refresh_masks(agent)
                     row |= sad_metrics(first_masks, masks, get_masks(agent))
-                    refresh = update // args.mask_update_interval
-                    record_masks(progress["masks"], get_masks(agent), refresh, global_step, update)
+                    progress["masks"] = add_masks(progress["masks"], get_masks(agent), global_step, update, update // K)
                 update_times.append(time.perf_counter() - start)
 
             if terminated or truncated:
@@ -459,7 +445,7 @@ def train(args: Args) -> dict:
         if global_step >= args.total_timesteps:
             save_masks(run.dir / "masks.npz", progress["masks"], first_masks)
             run.finish(final_score(evaluations), dense_state(agent))
-            hardware_report(run, env, rb, make_agent(*make_networks(args, env, seed=0), args.learning_rate))
+            hardware_report(run, env, rb, make_networks(args, env, seed=0))
             if video:
                 run.film(agent.actor, eval_seeds[0])
     return {"run_dir": str(run.dir), "exit_reason": run.meta["exit_reason"], "final_score": run.meta["final_score"]}
@@ -485,12 +471,12 @@ def layer_shapes(agent: Agent) -> dict[str, list[tuple[int, int, int]]]:
     }
 
 
-def record_masks(history: list[dict], masks: dict, refresh: int, global_step: int, update: int) -> None:
+def add_masks(history: list[dict], masks: dict, global_step: int, update: int, refresh: int) -> list[dict]:
     """Add a snapshot; the first, the last and every stride-th stay, 65 to 129 of them however long the run is."""
     stride = 2 ** (refresh // 128).bit_length()
-    history[:] = [snapshot for snapshot in history if snapshot["refresh"] % stride == 0]
     bits = {name: torch.from_numpy(np.packbits(E.numpy())) for name, E in masks.items()}
-    history.append({"refresh": refresh, "global_step": global_step, "update": update, **bits})
+    kept = [snapshot for snapshot in history if snapshot["refresh"] % stride == 0]
+    return [*kept, {"global_step": global_step, "update": update, "refresh": refresh, **bits}]
 
 
 def save_masks(path: Path, history: list[dict], masks: dict) -> None:
@@ -524,8 +510,9 @@ def check_args(args: "Args") -> None:
         for name in names.split():
             value = getattr(args, name, low or high)
             if not low <= value <= high or (name in ("tau", "learning_rate") and value == 0):
-                span = f"in ({low}, {high}]" if name in ("tau", "learning_rate") else f"from {low} to {high}"
-                raise UserError(f"{flag(name)} must be {span}, not {value}")
+                least = f"more than {low}" if name in ("tau", "learning_rate") else f"at least {low}"
+                most = f" and at most {high}" if high < 2**63 - 1 else ""
+                raise UserError(f"{flag(name)} must be {least}{most}, not {value}")
     if getattr(args, "n", 1) > getattr(args, "m", 1) or getattr(args, "m", 1) > args.hidden_dim:
         raise UserError(f"1 <= --n <= --m <= --hidden-dim is needed, not n {args.n}, m {args.m}, {args.hidden_dim}")
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -868,15 +855,19 @@ class Run:
             result = f"eval return {row['eval/episodic_return']:.1f} ± {row['eval/episodic_return_std']:.1f}"
             self.bar.set_postfix_str(result)
             if self.bar.disable:
-                rate = global_step / row["charts/wall_time_s"]
+                rate = row.get("charts/SPS") or global_step / row["charts/wall_time_s"]
                 left = (self.args.total_timesteps - global_step) / rate / 60 if rate else math.inf
                 self.say(f"step {global_step}: {result}, {rate:.0f} steps/s, {left:.1f} min left")
 
     def checkpoint_due(self, global_step: int, env: gym.Env) -> bool:
-        """At an episode's end: after each interval, on a stop signal, and (--keep-replay) if it may be the last one."""
-        interval, episode = self.args.checkpoint_interval, env.spec.max_episode_steps or 0
-        last = self.args.keep_replay and global_step + episode >= self.args.total_timesteps
-        return last or bool(self.stop_signal) or global_step // interval > self.last_checkpoint // interval
+        """At an episode's end: after each interval, on a stop signal, and (--keep-replay) if it may be the last one.
+
+        Never at the very end, whose extra evaluation a longer run would not have made.
+        """
+        interval, left = self.args.checkpoint_interval, self.args.total_timesteps - global_step
+        last = self.args.keep_replay and left <= (env.spec.max_episode_steps or 0)
+        passed = global_step // interval > self.last_checkpoint // interval
+        return left > 0 and (passed or last or bool(self.stop_signal))
 
     def finish(self, score: float, model: dict) -> None:
         """All training is done: write what remains to be written, drop what only a resume needs."""
@@ -894,8 +885,8 @@ class Run:
         if self.wandb:
             self.wandb.summary.update({"final_score": self.meta["final_score"], **hardware})
             for path in (self.dir / "meta.json", self.dir / "masks.npz"):
-                if path.exists():
-                    self.wandb.save(path, base_path=self.dir, policy="now")
+                if path.exists():  # a copy: it stays when the run's folder goes
+                    self.wandb.save(shutil.copy(path, self.wandb.dir), base_path=self.wandb.dir, policy="now")
 
     def film(self, actor: "Actor", seed: int) -> None:
         try:
@@ -1101,11 +1092,12 @@ def model_stats(args: "Args", shapes: dict[str, list[tuple[int, int, int]]]) -> 
     }
 
 
-def hardware_report(run: Run, env: gym.Env, rb: ReplayBuffer, sparse: "Agent | None" = None) -> None:
-    """Time acting, a critic update and a whole update, with plain nn.Linear networks and with `sparse`, in turns."""
+def hardware_report(run: Run, env: gym.Env, rb: ReplayBuffer, networks: tuple, seconds: float = 3) -> None:
+    """Time acting, a critic update and a whole update with `networks` and, in turns, with plain nn.Linear ones."""
     args, dim = run.args, run.args.hidden_dim
-    networks = [net.to(args.device) for net in (Actor(env, dim), QNetwork(env, dim), QNetwork(env, dim))]
-    agents = ({"packed": sparse} if sparse else {}) | {"dense": make_agent(*networks, args.learning_rate)}
+    plain = [net.to(args.device) for net in (Actor(env, dim), QNetwork(env, dim), QNetwork(env, dim))]
+    own = "dense" if isinstance(networks[0].fc1, nn.Linear) else "packed"
+    agents = {name: make_agent(*nets, args.learning_rate) for name, nets in ((own, networks), ("dense", plain))}
     rng, every = make_generators(0, args.device), range(1, args.policy_frequency + 1)
     data = rb.sample(args.batch_size, rng["replay"])
     obs = data.observations[0].cpu().numpy()
@@ -1114,7 +1106,7 @@ def hardware_report(run: Run, env: gym.Env, rb: ReplayBuffer, sparse: "Agent | N
         "critic_update_us": lambda agent: update_critics(agent, data, args, rng["smoothing"]),
         "update_us": lambda agent: [update_agent(agent, rb, args, rng, update) for update in every],
     }
-    times, stop = {(key, name): [] for key in calls for name in agents}, time.perf_counter() + 3
+    times, stop = {(key, name): [] for key in calls for name in agents}, time.perf_counter() + seconds
     while time.perf_counter() < stop:
         for (key, name), values in times.items():
             start = time.perf_counter()
@@ -1129,11 +1121,19 @@ def hardware_report(run: Run, env: gym.Env, rb: ReplayBuffer, sparse: "Agent | N
     run.say(f"{run.meta['hardware']}, {args.threads} threads, float32, batch {args.batch_size}; medians")
     for cells in table:
         run.say(f"{cells[0]:>20}" + "".join(f"{cell:>12}" for cell in cells[1:]))
-    own = next(iter(agents))
     run.summarize({f"hardware/{key}" + "_dense" * (name != own): us for (key, name), us in medians.items()})
 
 
 # --- end shared ---
+
+
+# --- kernels ---
+def pick_kernel(args: Args) -> str:
+    """The product that --kernel auto stands for; faster ones than torch's take their place here."""
+    return "torch" if args.kernel == "auto" else args.kernel
+
+
+# --- end kernels ---
 
 
 if __name__ == "__main__":

@@ -1,0 +1,60 @@
+"""Small environments for the tests; `--env-id toy_envs:<id>` reaches them from the command line too."""
+
+import gymnasium as gym
+import numpy as np
+
+
+class Reach(gym.Env):
+    """A point on a line is moved by the first action; reward -(x - 1)^2 / 10. Bounds differ by action dimension.
+
+    Ends (terminated) beyond |x| > 4; `fault_at` makes a step of the environment's life return NaN.
+    """
+
+    action_space = gym.spaces.Box(np.array([-1.0, 0.5], np.float32), np.array([0.5, 2.0], np.float32))
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (3,))
+
+    def __init__(self, fault: str = "", fault_at: int = 0, render_mode=None):
+        self.fault, self.fault_at, self.steps, self.render_mode = fault, fault_at, 0, render_mode
+
+    def reset(self, seed=None, options=None):  # noqa: ARG002
+        super().reset(seed=seed)
+        self.x = self.np_random.uniform(-1, 1)
+        return self.obs(), {}
+
+    def obs(self):
+        return np.array([self.x, self.x**2, 1.0])
+
+    def step(self, action):
+        assert self.action_space.contains(action), action
+        self.steps += 1
+        self.x += 0.5 * float(action[0]) + 0.05 * self.np_random.normal()
+        obs, reward = self.obs(), -((self.x - 1) ** 2) / 10
+        if self.steps == self.fault_at:
+            obs, reward = (obs * np.nan, reward) if self.fault == "observation" else (obs, np.inf)
+        return obs, reward, bool(abs(self.x) > 4), False, {}
+
+
+class Unbounded(Reach):
+    action_space = gym.spaces.Box(-np.inf, np.inf, (1,))
+
+
+class DictObs(Reach):
+    observation_space = gym.spaces.Dict({"x": gym.spaces.Box(-1, 1, (1,))})
+
+
+gym.register("Reach-v0", Reach, max_episode_steps=50)
+gym.register("ReachNaN-v0", Reach, max_episode_steps=50, kwargs={"fault": "observation", "fault_at": 150})
+gym.register("ReachInf-v0", Reach, max_episode_steps=50, kwargs={"fault": "reward", "fault_at": 150})
+gym.register("Unbounded-v0", Unbounded, max_episode_steps=50)
+gym.register("DictObs-v0", DictObs, max_episode_steps=50)
+
+
+class Huge(Reach):
+    """Rewards near float32's limit: the squared error overflows."""
+
+    def step(self, action):
+        obs, _, terminated, truncated, info = super().step(action)
+        return obs, 1e30, terminated, truncated, info
+
+
+gym.register("Huge-v0", Huge, max_episode_steps=50)
