@@ -109,6 +109,15 @@ class Args:
         check_args(self)
 
 
+def mlp(net: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+    """The layers of a network with ReLU between them, on its inputs side by side: [B, ...] -> [B, out]."""
+    x = torch.cat(inputs, dim=1)
+    *hidden, head = net.children()
+    for layer in hidden:
+        x = F.relu(layer(x))
+    return head(x)
+
+
 # --- shared: td3 ---
 class Actor(nn.Module):
     """Deterministic policy pi(s): obs [B, obs_dim] -> action [B, action_dim], inside the action bounds."""
@@ -126,10 +135,7 @@ class Actor(nn.Module):
         self.register_buffer("action_high", high, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.relu(self.fc1(x))
-        x = F.relu(self.fc2(x))
-        x = torch.tanh(self.fc_mu(x))
-        return x * self.action_scale + self.action_bias
+        return torch.tanh(mlp(self, x)) * self.action_scale + self.action_bias
 
 
 class QNetwork(nn.Module):
@@ -143,15 +149,12 @@ class QNetwork(nn.Module):
         self.fc3 = nn.Linear(hidden_dim, 1)
 
     def forward(self, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-        x = torch.cat([x, a], dim=1)
-        x = F.relu(self.fc1(x))
-        x = F.relu(self.fc2(x))
-        return self.fc3(x).squeeze(1)
+        return mlp(self, x, a).squeeze(1)
 
 
 @dataclass
 class Agent:
-    """The six networks of TD3 and the two optimizers; each has a state_dict."""
+    """The six networks of TD3 and the two optimizers."""
 
     actor: Actor
     qf1: QNetwork
@@ -161,14 +164,18 @@ class Agent:
     qf2_target: QNetwork
     q_optimizer: optim.Adam
     actor_optimizer: optim.Adam
+    online_parameters: list[nn.Parameter]  # of actor, qf1, qf2, in one list
+    target_parameters: list[nn.Parameter]  # of their targets, in the same order
 
 
 def make_agent(actor: Actor, qf1: QNetwork, qf2: QNetwork, learning_rate: float) -> Agent:
     """Targets start as copies of the online networks; one Adam for the actor, one for both critics."""
-    targets = [copy.deepcopy(net).requires_grad_(False) for net in (actor, qf1, qf2)]
+    online = (actor, qf1, qf2)
+    targets = [copy.deepcopy(net).requires_grad_(False) for net in online]
     q_optimizer = optim.Adam([*qf1.parameters(), *qf2.parameters()], lr=learning_rate, fused=True)
     actor_optimizer = optim.Adam(actor.parameters(), lr=learning_rate, fused=True)
-    return Agent(actor, qf1, qf2, *targets, q_optimizer, actor_optimizer)
+    parameters = ([param for net in nets for param in net.parameters()] for nets in (online, targets))
+    return Agent(*online, *targets, q_optimizer, actor_optimizer, *parameters)
 
 
 def update_critics(agent: Agent, data: "Batch", args: Args, generator: torch.Generator) -> dict[str, float]:
@@ -202,21 +209,21 @@ def update_critics(agent: Agent, data: "Batch", args: Args, generator: torch.Gen
 
 def update_actor(agent: Agent, data: "Batch") -> dict[str, float]:
     """One step of the actor up the first critic's gradient."""
+    for param in agent.q_optimizer.param_groups[0]["params"]:
+        param.requires_grad_(False)  # the critic's weights need no gradient here
     actor_loss = -agent.qf1(data.observations, agent.actor(data.observations)).mean()
     agent.actor_optimizer.zero_grad()
-    actor_loss.backward(inputs=list(agent.actor.parameters()))  # no weight gradients for the critic
+    actor_loss.backward()
     agent.actor_optimizer.step()
+    for param in agent.q_optimizer.param_groups[0]["params"]:
+        param.requires_grad_(True)
     return {"losses/actor_loss": actor_loss.item()}
 
 
 @torch.no_grad()
 def update_targets(agent: Agent, tau: float) -> None:
-    """target <- tau * online + (1 - tau) * target, for all three."""
-    online_nets = (agent.actor, agent.qf1, agent.qf2)
-    target_nets = (agent.target_actor, agent.qf1_target, agent.qf2_target)
-    for online, target in zip(online_nets, target_nets, strict=True):
-        for param, target_param in zip(online.parameters(), target.parameters(), strict=True):
-            target_param.lerp_(param, tau)
+    """target <- tau * online + (1 - tau) * target, for all three in one pass."""
+    torch._foreach_lerp_(agent.target_parameters, agent.online_parameters, tau)
 
 
 def update_agent(agent: Agent, rb: "ReplayBuffer", args: Args, rng: dict, update: int) -> dict[str, float]:
@@ -553,7 +560,7 @@ def draw_seeds(generator: torch.Generator, count: int) -> list[int]:
 
 def check_finite(where: str, **values) -> None:
     for name, value in values.items():
-        if not np.isfinite(value).all():
+        if not (math.isfinite(value) if isinstance(value, float) else np.isfinite(value).all()):
             raise NonFiniteError(f"{where}: {name} is NaN or infinite")
 
 
@@ -854,7 +861,7 @@ def save_checkpoint(run: Run, progress: dict, agent: "Agent", rb: ReplayBuffer, 
         write_torch(run.dir / "model.pt", model)
         content = {
             "progress": progress | {"wall_time_s": run.wall_time_s()},
-            "agent": {name: part.state_dict() for name, part in vars(agent).items()},
+            "agent": {name: part.state_dict() for name, part in vars(agent).items() if hasattr(part, "state_dict")},
             "rng": {name: generator.get_state() for name, generator in rng.items()},
             "env_rng": env.unwrapped.np_random.bit_generator.state,
             "replay": {"files": rb.files, "added": rb.added},
@@ -874,8 +881,8 @@ def load_checkpoint(args: "Args", agent: "Agent", rb: ReplayBuffer, rng: dict, e
         raise UserError(f"{args.resume} was finished without --keep-replay: its replay data is gone, it can't go on")
     try:
         content = torch.load(path, weights_only=True, map_location="cpu")
-        for name, part in vars(agent).items():
-            part.load_state_dict(content["agent"][name])
+        for name, state in content["agent"].items():
+            getattr(agent, name).load_state_dict(state)
         for name, generator in rng.items():
             generator.set_state(content["rng"][name])
         env.unwrapped.np_random.bit_generator.state = content["env_rng"]

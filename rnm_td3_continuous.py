@@ -28,9 +28,11 @@ import argparse
 import contextlib
 import copy
 import csv
+import ctypes
 import dataclasses
 import difflib
 import fcntl
+import hashlib
 import io
 import json
 import math
@@ -42,10 +44,12 @@ import signal
 import statistics
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -100,8 +104,8 @@ class Args:
     """critic updates between mask refreshes (K), >= 0; 0 keeps the first masks"""
     sparse_head: bool = False
     """make the output layers N:M too"""
-    kernel: Literal["auto", "torch"] = "auto"
-    """product of the N:M layers: torch scatters into zeros and runs anywhere; auto takes the fastest there is"""
+    kernel: Literal["auto", "nm", "torch"] = "auto"
+    """product of the N:M layers: nm is fast, on CPUs with a C compiler; torch runs anywhere; auto picks one"""
     device: Literal["cpu", "cuda"] = "cpu"
     """where the networks live"""
     threads: int = 1
@@ -171,6 +175,7 @@ def sparsify(net: nn.Module, args: Args) -> nn.Module:
     names = [name for name, _ in net.named_children()]
     for name in names if args.sparse_head else names[:-1]:
         setattr(net, name, NMLinear(getattr(net, name), args.n, args.m))
+    net.kernel, net.plan = pick_kernel(args), None
     return net
 
 
@@ -221,6 +226,17 @@ def sad_metrics(first: dict, previous: dict, current: dict) -> dict[str, float]:
     return row
 
 
+def mlp(net: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+    """The layers of a network with ReLU between them, on its inputs side by side: [B, ...] -> [B, out]."""
+    if getattr(net, "kernel", "torch") == "nm":
+        return nm_mlp(net, *inputs)
+    x = torch.cat(inputs, dim=1)
+    *hidden, head = net.children()
+    for layer in hidden:
+        x = F.relu(layer(x))
+    return head(x)
+
+
 # --- shared: td3 ---
 class Actor(nn.Module):
     """Deterministic policy pi(s): obs [B, obs_dim] -> action [B, action_dim], inside the action bounds."""
@@ -238,10 +254,7 @@ class Actor(nn.Module):
         self.register_buffer("action_high", high, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.relu(self.fc1(x))
-        x = F.relu(self.fc2(x))
-        x = torch.tanh(self.fc_mu(x))
-        return x * self.action_scale + self.action_bias
+        return torch.tanh(mlp(self, x)) * self.action_scale + self.action_bias
 
 
 class QNetwork(nn.Module):
@@ -255,15 +268,12 @@ class QNetwork(nn.Module):
         self.fc3 = nn.Linear(hidden_dim, 1)
 
     def forward(self, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-        x = torch.cat([x, a], dim=1)
-        x = F.relu(self.fc1(x))
-        x = F.relu(self.fc2(x))
-        return self.fc3(x).squeeze(1)
+        return mlp(self, x, a).squeeze(1)
 
 
 @dataclass
 class Agent:
-    """The six networks of TD3 and the two optimizers; each has a state_dict."""
+    """The six networks of TD3 and the two optimizers."""
 
     actor: Actor
     qf1: QNetwork
@@ -273,14 +283,18 @@ class Agent:
     qf2_target: QNetwork
     q_optimizer: optim.Adam
     actor_optimizer: optim.Adam
+    online_parameters: list[nn.Parameter]  # of actor, qf1, qf2, in one list
+    target_parameters: list[nn.Parameter]  # of their targets, in the same order
 
 
 def make_agent(actor: Actor, qf1: QNetwork, qf2: QNetwork, learning_rate: float) -> Agent:
     """Targets start as copies of the online networks; one Adam for the actor, one for both critics."""
-    targets = [copy.deepcopy(net).requires_grad_(False) for net in (actor, qf1, qf2)]
+    online = (actor, qf1, qf2)
+    targets = [copy.deepcopy(net).requires_grad_(False) for net in online]
     q_optimizer = optim.Adam([*qf1.parameters(), *qf2.parameters()], lr=learning_rate, fused=True)
     actor_optimizer = optim.Adam(actor.parameters(), lr=learning_rate, fused=True)
-    return Agent(actor, qf1, qf2, *targets, q_optimizer, actor_optimizer)
+    parameters = ([param for net in nets for param in net.parameters()] for nets in (online, targets))
+    return Agent(*online, *targets, q_optimizer, actor_optimizer, *parameters)
 
 
 def update_critics(agent: Agent, data: "Batch", args: Args, generator: torch.Generator) -> dict[str, float]:
@@ -314,21 +328,21 @@ def update_critics(agent: Agent, data: "Batch", args: Args, generator: torch.Gen
 
 def update_actor(agent: Agent, data: "Batch") -> dict[str, float]:
     """One step of the actor up the first critic's gradient."""
+    for param in agent.q_optimizer.param_groups[0]["params"]:
+        param.requires_grad_(False)  # the critic's weights need no gradient here
     actor_loss = -agent.qf1(data.observations, agent.actor(data.observations)).mean()
     agent.actor_optimizer.zero_grad()
-    actor_loss.backward(inputs=list(agent.actor.parameters()))  # no weight gradients for the critic
+    actor_loss.backward()
     agent.actor_optimizer.step()
+    for param in agent.q_optimizer.param_groups[0]["params"]:
+        param.requires_grad_(True)
     return {"losses/actor_loss": actor_loss.item()}
 
 
 @torch.no_grad()
 def update_targets(agent: Agent, tau: float) -> None:
-    """target <- tau * online + (1 - tau) * target, for all three."""
-    online_nets = (agent.actor, agent.qf1, agent.qf2)
-    target_nets = (agent.target_actor, agent.qf1_target, agent.qf2_target)
-    for online, target in zip(online_nets, target_nets, strict=True):
-        for param, target_param in zip(online.parameters(), target.parameters(), strict=True):
-            target_param.lerp_(param, tau)
+    """target <- tau * online + (1 - tau) * target, for all three in one pass."""
+    torch._foreach_lerp_(agent.target_parameters, agent.online_parameters, tau)
 
 
 def update_agent(agent: Agent, rb: "ReplayBuffer", args: Args, rng: dict, update: int) -> dict[str, float]:
@@ -690,7 +704,7 @@ def draw_seeds(generator: torch.Generator, count: int) -> list[int]:
 
 def check_finite(where: str, **values) -> None:
     for name, value in values.items():
-        if not np.isfinite(value).all():
+        if not (math.isfinite(value) if isinstance(value, float) else np.isfinite(value).all()):
             raise NonFiniteError(f"{where}: {name} is NaN or infinite")
 
 
@@ -991,7 +1005,7 @@ def save_checkpoint(run: Run, progress: dict, agent: "Agent", rb: ReplayBuffer, 
         write_torch(run.dir / "model.pt", model)
         content = {
             "progress": progress | {"wall_time_s": run.wall_time_s()},
-            "agent": {name: part.state_dict() for name, part in vars(agent).items()},
+            "agent": {name: part.state_dict() for name, part in vars(agent).items() if hasattr(part, "state_dict")},
             "rng": {name: generator.get_state() for name, generator in rng.items()},
             "env_rng": env.unwrapped.np_random.bit_generator.state,
             "replay": {"files": rb.files, "added": rb.added},
@@ -1011,8 +1025,8 @@ def load_checkpoint(args: "Args", agent: "Agent", rb: ReplayBuffer, rng: dict, e
         raise UserError(f"{args.resume} was finished without --keep-replay: its replay data is gone, it can't go on")
     try:
         content = torch.load(path, weights_only=True, map_location="cpu")
-        for name, part in vars(agent).items():
-            part.load_state_dict(content["agent"][name])
+        for name, state in content["agent"].items():
+            getattr(agent, name).load_state_dict(state)
         for name, generator in rng.items():
             generator.set_state(content["rng"][name])
         env.unwrapped.np_random.bit_generator.state = content["env_rng"]
@@ -1128,9 +1142,463 @@ def hardware_report(run: Run, env: gym.Env, rb: ReplayBuffer, networks: tuple, s
 
 
 # --- kernels ---
+# The same network function, several times faster on a CPU: packed row-wise N:M products that do N/M of the work.
+#   forward      y[b, r]  = bias[r] + sum over k of values[r, k] x[b, index[r, k]]
+#   grad-input   dx[b, c] = sum over all (r, k) with index[r, k] = c of values[r, k] dy[b, r]
+#   grad-weight  dvalues[r, k] = sum over b of dy[b, r] x[b, index[r, k]],  dbias[r] = sum over b of dy[b, r]
+KERNELS = r"""
+
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <string.h>
+#ifdef __AVX512F__
+enum { LANES = 64, TILES = 2 };  // of the batch in a tile; tiles at a time in grad_weight: as many as 32 registers hold
+#else
+enum { LANES = 32, TILES = 1 };
+#endif
+enum { V = LANES / 16 };
+#define INLINE static inline __attribute__((always_inline))
+typedef float vec __attribute__((vector_size(64), may_alias));
+typedef float loose __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t bits __attribute__((vector_size(64)));
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (bits){__VA_ARGS__})
+#endif
+static const vec zero;
+
+enum { FORWARD, BACK, GRAD };
+typedef struct {
+    int32_t rows, cols, kept, blocks[3], block[3];
+    const int32_t *ends[3];       // [blocks][rows] first and then last + 1 of the entries in each block of columns ...
+    const uint16_t *idx, *tidx;   // column of each value; BACK is by column, in blocks of rows: row of each value ...
+    const int32_t *tpos;          // ... and its place in val
+    const float *val, *bias;
+    float *dval, *dbias;
+} layer;
+
+// y[r] = sum over k of val[k] x[idx[k]] (+ bias[r]) on one tile; relu: max(y, 0); gate: 0 where gate <= 0.
+INLINE void gather(const int transposed, const layer *l, int first, int count, const float *x, float *y, int relu,
+                   const float *gate) {
+    const int width = transposed ? l->cols : l->rows, blocks = l->blocks[transposed];
+    const uint16_t *idx = transposed ? l->tidx : l->idx;
+    const int32_t *start = l->ends[transposed], *end = start + blocks * width;
+    for (int j = 0; j < blocks; j++)
+        for (int r = first; r < first + count; r++) {
+            vec a[V], b[V], *out = (vec *)y + (long)(r - first) * V;
+            for (int i = 0; i < V; i++) {
+                a[i] = zero + (transposed ? 0 : l->bias[r]), b[i] = zero;
+                if (j) a[i] = out[i];
+            }
+            int k = start[j * width + r], stop = end[j * width + r];
+            for (; k + 1 < stop; k += 2) {
+                const vec *p = (const vec *)x + idx[k] * V, *q = (const vec *)x + idx[k + 1] * V;
+                const float v = l->val[transposed ? l->tpos[k] : k], w = l->val[transposed ? l->tpos[k + 1] : k + 1];
+                for (int i = 0; i < V; i++) a[i] += v * p[i], b[i] += w * q[i];
+            }
+            if (k < stop) {
+                const vec *p = (const vec *)x + idx[k] * V;
+                for (int i = 0; i < V; i++) a[i] += l->val[transposed ? l->tpos[k] : k] * p[i];
+            }
+            for (int i = 0; i < V; i++) {
+                a[i] += b[i];
+                if (relu && j == blocks - 1) a[i] = (vec)((bits)a[i] & ~(a[i] <= zero));
+                if (gate && j == blocks - 1) a[i] = (vec)((bits)a[i] & ~(((const vec *)gate)[r * V + i] <= zero));
+                out[i] = a[i];
+            }
+        }
+}
+
+// Lane i of the result is the sum of all lanes of p[i]: cheaper than 16 horizontal sums.
+#define FOLD(s) for (int i = 0; i < 8 / s; i++) \
+    p[i] = SHUFFLE(p[2 * i], p[2 * i + 1], LOW_##s) + SHUFFLE(p[2 * i], p[2 * i + 1], HIGH_##s);
+#define LOW_1 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30
+#define HIGH_1 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31
+#define LOW_2 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
+#define HIGH_2 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
+#define LOW_4 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27
+#define HIGH_4 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31
+#define LOW_8 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
+#define HIGH_8 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
+INLINE vec lane_sums(vec *p) {
+    FOLD(1) FOLD(2) FOLD(4) FOLD(8)
+    return p[0];
+}
+
+// dval[k] += sum over b of dy[r][b] x[idx[k]][b] and dbias[r] += sum over b of dy[r][b], b in `tiles` tiles.
+INLINE void grad_weight(const int tiles, const layer *l, long width, int r0, int r1, const float *dy, const float *x) {
+    const int32_t *start = l->ends[GRAD], *stop = start + l->blocks[GRAD] * l->rows;
+    for (int j = 0; j < l->blocks[GRAD]; j++)
+        for (int r = r0; r < r1; r++) {
+            vec d[TILES * V], p[16];
+            for (int i = 0; i < tiles * V; i++) d[i] = ((const vec *)dy)[(i / V * width + r) * V + i % V];
+            if (!j) {
+                vec s = d[0];
+                for (int i = 1; i < tiles * V; i++) s += d[i];
+                s += SHUFFLE(s, s, HIGH_8), s += SHUFFLE(s, s, HIGH_4);
+                s += SHUFFLE(s, s, HIGH_2), s += SHUFFLE(s, s, HIGH_1);
+                l->dbias[r] += s[0];
+            }
+            for (int k = start[j * l->rows + r], end = stop[j * l->rows + r]; k < end; k += 16) {
+                const int n = end - k < 16 ? end - k : 16;
+                for (int m = 0; m < n; m++) {
+                    const vec *q = (const vec *)x + l->idx[k + m] * V;
+                    vec a = zero, b = zero;
+                    for (int i = 0; i < tiles * V; i += 2)
+                        a += d[i] * q[i / V * width * V + i % V], b += d[i + 1] * q[i / V * width * V + i % V + 1];
+                    p[m] = a + b;
+                }
+                for (int m = n; m < 16; m++) p[m] = zero;
+                const vec sum = lane_sums(p);
+                for (int m = 0; m < n; m++) l->dval[k + m] += sum[m];
+            }
+        }
+}
+
+// 16 x 16 floats from a, rows a_stride apart, transposed to b.
+static void transpose(const float *a, long a_stride, float *b, long b_stride) {
+    vec p[16];
+    for (int i = 0; i < 16; i++) p[i] = *(const loose *)(a + i * a_stride);
+#define SWAP(s) for (int i = 0; i < 16; i++) if (!(i & s)) { \
+        const vec low = SHUFFLE(p[i], p[i + s], LOW_##s), high = SHUFFLE(p[i], p[i + s], HIGH_##s); p[i] = low, p[i + s] = high; }
+    SWAP(1) SWAP(2) SWAP(4) SWAP(8)
+    for (int i = 0; i < 16; i++) *(loose *)(b + i * b_stride) = p[i];
+}
+// Rows of the batch [batch][stride] to and from one tile [cols][LANES]; lanes past the batch are zero.
+static void pack(const float *src, long stride, int batch, int tile, int cols, float *dst) {
+    const int n = batch - tile * LANES < LANES ? batch - tile * LANES : LANES;
+    src += (long)tile * LANES * stride;
+    for (int i = 0; i < LANES; i += 16)
+        for (int c = 0; c < cols; c += 16)
+            if (i + 16 <= n && c + 16 <= cols) transpose(src + i * stride + c, stride, dst + c * LANES + i, LANES);
+            else for (int m = i; m < i + 16; m++)
+                for (int k = c; k < c + 16 && k < cols; k++) dst[k * LANES + m] = m < n ? src[m * stride + k] : 0;
+}
+static void unpack(const float *src, long stride, int batch, int tile, int cols, float *dst) {
+    const int n = batch - tile * LANES < LANES ? batch - tile * LANES : LANES;
+    dst += (long)tile * LANES * stride;
+    for (int i = 0; i < n; i += 16)
+        for (int c = 0; c < cols; c += 16)
+            if (i + 16 <= n && c + 16 <= cols) transpose(src + c * LANES + i, LANES, dst + i * stride + c, stride);
+            else for (int m = i; m < i + 16 && m < n; m++)
+                for (int k = c; k < c + 16 && k < cols; k++) dst[m * stride + k] = src[k * LANES + m];
+}
+
+typedef struct {  // one pass through a network: inputs a and b [batch][...] side by side, ReLU between the layers
+    const layer *l;
+    int32_t depth, width, batch, tiles, a_cols, b_cols, record, weights;
+    int64_t a_stride, b_stride;
+    const float *a, *b, *dout;
+    float *acts, *out, *dacts, *da, *db;  // acts [tile][input and every layer's output][LANES]; dacts: their gradients
+    int32_t first, count;                 // tiles that backward is at: dacts holds these alone
+} call;
+typedef void task(const call *c, int part, int parts);
+
+static void forward(const call *c, int part, int parts) {
+    const layer *last = c->l + c->depth - 1;
+    for (int t = c->tiles * part / parts; t < c->tiles * (part + 1) / parts; t++) {
+        float *x = c->acts + (long)(c->record ? t : part) * c->width * LANES;
+        pack(c->a, c->a_stride, c->batch, t, c->a_cols, x);
+        pack(c->b, c->b_stride, c->batch, t, c->b_cols, x + c->a_cols * LANES);
+        for (const layer *l = c->l; l <= last; x += l++->cols * LANES)
+            gather(0, l, 0, l->rows, x, x + l->cols * LANES, l < last, 0);
+        unpack(x, last->rows, c->batch, t, last->rows, c->out);
+    }
+}
+static void backward_inputs(const call *c, int part, int parts) {
+    const layer *last = c->l + c->depth - 1;
+    for (int t = c->count * part / parts; t < c->count * (part + 1) / parts; t++) {
+        const float *x = c->acts + ((long)(c->first + t) * c->width + c->width - last->rows) * LANES;
+        float *d = c->dacts + ((long)t * c->width + c->width - last->rows) * LANES;
+        pack(c->dout, last->rows, c->batch, c->first + t, last->rows, d);
+        for (const layer *l = last; l > c->l; l--) {
+            x -= l->cols * LANES, d -= l->cols * LANES;
+            gather(1, l, 0, l->cols, d + l->cols * LANES, d, 0, x);
+        }
+        float *dx = d - c->l->cols * LANES;
+        if (c->da) {
+            gather(1, c->l, 0, c->a_cols, d, dx, 0, 0);
+            unpack(dx, c->a_cols, c->batch, c->first + t, c->a_cols, c->da);
+        }
+        if (c->db) {
+            gather(1, c->l, c->a_cols, c->b_cols, d, dx, 0, 0);
+            unpack(dx, c->b_cols, c->batch, c->first + t, c->b_cols, c->db);
+        }
+    }
+}
+// A thread takes a share of each layer's rows, never of the batch: bits don't depend on the number of threads.
+static void backward_weights(const call *c, int part, int parts) {
+    const float *x = c->acts + (long)c->first * c->width * LANES, *dy = c->dacts;
+    for (const layer *l = c->l; l < c->l + c->depth; l++) {
+        const int from = l->rows * part / parts, to = l->rows * (part + 1) / parts;
+        dy += l->cols * LANES;
+        if (!c->first) {
+            memset(l->dbias + from, 0, (to - from) * sizeof(float));
+            memset(l->dval + (long)from * l->kept, 0, (long)(to - from) * l->kept * sizeof(float));
+        }
+        for (int t = 0; t < c->count; t += c->count - t < TILES ? 1 : TILES)
+            for (int r = from; r < to; r += 256) {
+                const int end = r + 256 < to ? r + 256 : to;
+                const long at = (long)t * c->width * LANES;
+                if (c->count - t < TILES) grad_weight(1, l, c->width, r, end, dy + at, x + at);
+                else grad_weight(TILES, l, c->width, r, end, dy + at, x + at);
+            }
+        x += l->cols * LANES;
+    }
+}
+// One observation: plain dot products. acts: two vectors of the widest layer.
+static void single(const call *c) {
+    float *x = c->acts, *y = c->out;
+    memcpy(x, c->a, c->a_cols * sizeof(float));
+    if (c->b_cols) memcpy(x + c->a_cols, c->b, c->b_cols * sizeof(float));
+    for (const layer *l = c->l; l < c->l + c->depth; l++) {
+        y = l == c->l + c->depth - 1 ? c->out : x + l->cols;
+        for (int r = 0; r < l->rows; r++) {
+            const uint16_t *idx = l->idx + (long)r * l->kept;
+            const float *val = l->val + (long)r * l->kept;
+            float s[8] = {l->bias[r]};
+            int k = 0;
+            for (; k + 7 < l->kept; k += 8)
+                for (int i = 0; i < 8; i++) s[i] += val[k + i] * x[idx[k + i]];
+            for (; k < l->kept; k++) s[0] += val[k] * x[idx[k]];
+            const float sum = ((s[0] + s[4]) + (s[1] + s[5])) + ((s[2] + s[6]) + (s[3] + s[7]));
+            y[r] = y != c->out && sum <= 0 ? 0 : sum;
+        }
+        x = y;
+    }
+}
+
+// Threads that wait for work: they spin for a moment, then sleep.
+static struct {
+    pthread_mutex_t lock; pthread_cond_t wake; atomic_int ticket, done; int made, wanted; task *run; const call *c;
+} pool = {.lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER, .made = 1, .wanted = 1};
+static void *worker(void *number) {
+    for (int seen = 0, spins = 0;; spins++) {
+        if (spins > 20000) {
+            pthread_mutex_lock(&pool.lock);
+            while (pool.ticket == seen) pthread_cond_wait(&pool.wake, &pool.lock);
+            pthread_mutex_unlock(&pool.lock);
+        }
+        if (pool.ticket == seen) continue;
+        seen = pool.ticket, spins = 0;
+        if ((intptr_t)number < pool.wanted) pool.run(pool.c, (intptr_t)number, pool.wanted), pool.done++;
+    }
+    return 0;
+}
+static void split(task *run, const call *c) {
+    if (pool.wanted == 1) { run(c, 0, 1); return; }
+    pool.run = run, pool.c = c, pool.done = 0;
+    pthread_mutex_lock(&pool.lock);
+    pool.ticket++;
+    pthread_cond_broadcast(&pool.wake);
+    pthread_mutex_unlock(&pool.lock);
+    run(c, 0, pool.wanted);
+    for (int spins = 0; pool.done < pool.wanted - 1; spins++) if (spins > 20000) sched_yield();
+}
+int nm_threads(int wanted) {  // returns the tiles that dacts must have room for
+    pthread_t thread;
+    for (; pool.made < wanted; pool.made++)
+        if (pthread_create(&thread, 0, worker, (void *)(intptr_t)pool.made)) break;
+    pool.wanted = wanted < pool.made ? wanted : pool.made;
+    return (pool.wanted + TILES - 1) / TILES * TILES;
+}
+int nm_lanes(void) { return LANES; }
+void nm_forward(const call *c) {
+    if (c->batch == 1 && !c->record) single(c);
+    else split(forward, c);
+}
+void nm_backward(call *c) {
+    const int chunk = (pool.wanted + TILES - 1) / TILES * TILES;
+    for (c->first = 0; c->first < c->tiles; c->first += chunk) {
+        c->count = c->tiles - c->first < chunk ? c->tiles - c->first : chunk;
+        split(backward_inputs, c);
+        if (c->weights) split(backward_weights, c);
+    }
+}
+
+// Fill ends[which] from idx; for BACK also tidx and tpos, by counting sort.
+void nm_index(const layer *l, int which) {
+    const int block = l->block[which], n = l->rows * l->kept;
+    int32_t *start = (int32_t *)l->ends[which], *stop = start + l->blocks[which] * (which == BACK ? l->cols : l->rows);
+    if (which != BACK) {
+        for (int r = 0; r < l->rows; r++)
+            for (int j = 0, k = r * l->kept; j < l->blocks[which]; j++) {
+                start[j * l->rows + r] = k;
+                while (k < (r + 1) * l->kept && l->idx[k] < (j + 1) * block) k++;
+                stop[j * l->rows + r] = k;
+            }
+        return;
+    }
+    for (int j = 0, at = 0; j < l->blocks[BACK]; j++, start += l->cols, stop += l->cols) {
+        const int from = j * block * l->kept, to = from + block * l->kept < n ? from + block * l->kept : n;
+        memset(stop, 0, l->cols * sizeof(int32_t));
+        for (int k = from; k < to; k++) stop[l->idx[k]]++;
+        for (int c = 0; c < l->cols; c++) start[c] = at, at += stop[c], stop[c] = start[c];
+        for (int k = from; k < to; k++) {
+            const int at = stop[l->idx[k]]++;
+            ((uint16_t *)l->tidx)[at] = k / l->kept, ((int32_t *)l->tpos)[at] = k;
+        }
+    }
+}
+"""
+
+
+class Layer(ctypes.Structure):
+    _fields_ = [(name, ctypes.c_int32) for name in ("rows", "cols", "kept")]
+    _fields_ += [("blocks", ctypes.c_int32 * 3), ("block", ctypes.c_int32 * 3), ("ends", ctypes.c_void_p * 3)]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("idx", "tidx", "tpos", "val", "bias", "dval", "dbias")]
+
+
+class Call(ctypes.Structure):
+    _fields_ = [("l", ctypes.POINTER(Layer))]
+    _fields_ += [(name, ctypes.c_int32) for name in "depth width batch tiles a_cols b_cols record weights".split()]
+    _fields_ += [(name, ctypes.c_int64) for name in ("a_stride", "b_stride")]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("a", "b", "dout", "acts", "out", "dacts", "da", "db")]
+    _fields_ += [("first", ctypes.c_int32), ("count", ctypes.c_int32)]
+
+
+class Plan:
+    """A network as the kernels see it, with the index by columns for grad-input; made anew when a mask changes."""
+
+    def __init__(self, net: nn.Module):
+        self.modules, self.memory, self.lib = list(net.children()), [], load_kernels()
+        self.indices = [layer.index for layer in nm_layers(net).values()]
+        self.versions = [index._version for index in self.indices]
+        self.layers = (Layer * len(self.modules))()
+        for layer, module in zip(self.layers, self.modules, strict=True):
+            layer.rows, layer.cols = module.bias.shape[0], module.in_features
+            index = getattr(module, "index", torch.arange(layer.cols).expand(layer.rows, -1))  # a dense layer keeps all
+            layer.kept = index.shape[1]
+            layer.idx = self.hold(index.to(torch.uint16).contiguous())
+            layer.tidx = self.hold(torch.empty(index.numel(), dtype=torch.uint16))
+            layer.tpos = self.hold(torch.empty(index.numel(), dtype=torch.int32))
+            blocks = (layer.cols, 128), (layer.rows, 128), (layer.cols, max(16, 16 * layer.cols // layer.kept))
+            for which, (length, block) in enumerate(blocks):  # forward, grad-input: a block stays in the L1 cache
+                layer.block[which], layer.blocks[which] = block, -(-length // block)
+                size = 2 * layer.blocks[which] * (layer.rows + layer.cols - length)
+                layer.ends[which] = self.hold(torch.empty(size, dtype=torch.int32))
+                self.lib.nm_index(ctypes.byref(layer), which)
+        self.width = self.layers[0].cols + sum(layer.rows for layer in self.layers)
+        self.outputs = self.layers[-1].rows
+
+    def __deepcopy__(self, memo):
+        return None  # addresses are those of the original: a copied network makes its own plan
+
+    def hold(self, tensor: torch.Tensor) -> int:
+        self.memory.append(tensor)
+        return tensor.data_ptr()
+
+    def call(self, inputs, parameters, record=0, weights=0, out=0, acts=0, dout=0, dacts=0, da=0, db=0) -> Call:
+        for layer, value, bias in zip(self.layers, parameters[::2], parameters[1::2], strict=True):
+            layer.val, layer.bias = value.data_ptr(), bias.data_ptr()
+        a, b = inputs if len(inputs) == 2 else (inputs[0], None)
+        batch = a.shape[0]
+        b_cols, b_stride, b_pointer = (0, 0, 0) if b is None else (b.shape[1], b.stride(0), b.data_ptr())
+        return Call(
+            self.layers, len(self.layers), self.width, batch, -(-batch // self.lib.lanes), a.shape[1], b_cols, record,
+            weights, a.stride(0), b_stride, a.data_ptr(), b_pointer, dout, acts, out, dacts, da, db,
+        )  # fmt: skip
+
+    def forward(self, inputs, parameters, record: bool) -> tuple[torch.Tensor, torch.Tensor]:
+        batch = inputs[0].shape[0]
+        tiles = -(-batch // self.lib.lanes) if record else self.lib.room
+        acts = torch.empty(tiles * self.lib.lanes * self.width)  # the call's own: two forwards may precede a backward
+        out = torch.empty(batch, self.outputs)
+        call = self.call(inputs, parameters, record=record, acts=acts.data_ptr(), out=out.data_ptr())
+        self.lib.nm_forward(ctypes.byref(call))
+        return out, acts
+
+
+class KernelMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, plan: Plan, count: int, *tensors: torch.Tensor) -> torch.Tensor:
+        out, acts = plan.forward(tensors[:count], tensors[count:], record=True)
+        ctx.plan, ctx.count = plan, count
+        ctx.save_for_backward(*tensors, acts, *plan.indices)  # changed in place before backward: torch raises
+        return out
+
+    @staticmethod
+    def backward(ctx, dout: torch.Tensor):
+        if torch.is_grad_enabled():
+            raise RuntimeError("the N:M kernels have no second derivative: use --kernel torch")
+        plan, lib, count, saved, needed = ctx.plan, ctx.plan.lib, ctx.count, ctx.saved_tensors, ctx.needs_input_grad[2:]
+        inputs, parameters, acts = saved[:count], saved[count : len(needed)], saved[len(needed)]
+        dacts, dout = torch.empty(lib.room * lib.lanes * plan.width), dout.contiguous()
+        grads = [torch.empty(x.shape) if need else None for x, need in zip(inputs, needed, strict=False)]
+        da, db = (0 if grad is None else grad.data_ptr() for grad in (*grads, None)[:2])
+        weights = any(needed[count:])
+        if weights:
+            parts = [torch.empty_like(p) for p in parameters]
+            for layer, dval, dbias in zip(plan.layers, parts[::2], parts[1::2], strict=True):
+                layer.dval, layer.dbias = dval.data_ptr(), dbias.data_ptr()
+        pointers = {"acts": acts.data_ptr(), "dout": dout.data_ptr(), "dacts": dacts.data_ptr(), "da": da, "db": db}
+        lib.nm_backward(ctypes.byref(plan.call(inputs, parameters, weights=weights, **pointers)))
+        return None, None, *grads, *(parts if weights else [None] * len(parameters))
+
+
+def nm_mlp(net: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
+    """mlp() by the kernels, a whole pass per call: inputs [B, ...] (one or two, float32, CPU) -> [B, out]."""
+    plan = net.plan
+    if plan is None or plan.versions != [index._version for index in plan.indices]:
+        plan = net.plan = Plan(net)
+    inputs = [x if x.stride(1) == 1 else x.contiguous() for x in inputs]
+    parameters = [p for module in plan.modules for p in module._parameters.values()]
+    if torch.is_grad_enabled():
+        return KernelMLP.apply(plan, len(inputs), *inputs, *parameters)
+    return plan.forward(inputs, parameters, record=False)[0]
+
+
+@cache
+def load_kernels() -> ctypes.CDLL:
+    """Compile KERNELS with the system's C compiler, or take what was compiled before. Raises OSError.
+
+    The file's name is a hash of source, flags and what the compiler says of itself and of this CPU. It is written
+    elsewhere and moved into place, so that many processes may do so at once and a killed one leaves nothing half done.
+    """
+    compiler = os.environ.get("CC", "cc")
+    for native in ("-march=native", "-mcpu=native", "-O3"):
+        probe = subprocess.run([compiler, native, "-dM", "-E", "-x", "c", os.devnull], capture_output=True)
+        if probe.returncode == 0:
+            break
+    flags = ["-O3", native, "-shared", "-fPIC", "-pthread"]
+    key = hashlib.sha256(repr((KERNELS, compiler, flags, probe.stdout)).encode()).hexdigest()[:24]
+    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nm-sparse-rl" / f"{key}.so"
+    with contextlib.suppress(OSError):
+        return open_library(path)
+    with tempfile.TemporaryDirectory() as scratch:
+        built = Path(scratch) / "kernels.so"
+        command = [compiler, *flags, "-x", "c", "-", "-o", built]
+        run = subprocess.run(command, input=KERNELS.encode(), capture_output=True)
+        if run.returncode:
+            raise OSError(f"{compiler} failed: {first_line(Exception(run.stderr.decode()))}")
+        with contextlib.suppress(OSError):  # a cache that can't be written: compile at each start
+            path.parent.mkdir(parents=True, exist_ok=True)
+            write_atomic(path, lambda file: file.write(built.read_bytes()))
+        return open_library(built)
+
+
+def open_library(path: Path) -> ctypes.CDLL:
+    library = ctypes.CDLL(str(path))
+    library.lanes = library.nm_lanes()
+    return library
+
+
 def pick_kernel(args: Args) -> str:
-    """The product that --kernel auto stands for; faster ones than torch's take their place here."""
-    return "torch" if args.kernel == "auto" else args.kernel
+    """What --kernel means here: "nm" or "torch". auto: nm on a CPU with a C compiler, if n < m."""
+    if args.kernel == "torch" or args.device != "cpu" or (args.kernel == "auto" and args.n == args.m):
+        return "torch"
+    try:
+        library = load_kernels()
+        library.room = library.nm_threads(args.threads)
+        return "nm"
+    except OSError as error:
+        if args.kernel == "nm":
+            raise UserError(f"--kernel nm: {first_line(error)}") from None
+        print(f"warning: going on with --kernel torch, several times slower: {first_line(error)}", file=sys.stderr)
+        return "torch"
 
 
 # --- end kernels ---

@@ -84,7 +84,7 @@ def test_a_run_leaves_the_contract_behind(rnm, small):
     assert walls == sorted(walls)
 
     meta = read_meta(run)
-    assert meta["args"]["env_id"] == "Reach-v0" and (meta["n"], meta["m"], meta["kernel"]) == (1, 4, "torch")
+    assert meta["args"]["env_id"] == "Reach-v0" and (meta["n"], meta["m"], meta["kernel"]) == (1, 4, "nm")
     assert set(meta["versions"]) == {"python", "torch", "gymnasium", "mujoco", "numpy", "wandb"}
     assert meta["exit_reason"] == "finished" and meta["start"] <= meta["end"]
     assert len(meta["commit"] or "-" * 40) == 40 and meta["hardware"]
