@@ -1263,7 +1263,8 @@ static void transpose(const float *a, long a_stride, float *b, long b_stride) {
     vec p[16];
     for (int i = 0; i < 16; i++) p[i] = *(const loose *)(a + i * a_stride);
 #define SWAP(s) for (int i = 0; i < 16; i++) if (!(i & s)) { \
-        const vec low = SHUFFLE(p[i], p[i + s], LOW_##s), high = SHUFFLE(p[i], p[i + s], HIGH_##s); p[i] = low, p[i + s] = high; }
+        const vec low = SHUFFLE(p[i], p[i + s], LOW_##s); \
+        p[i + s] = SHUFFLE(p[i], p[i + s], HIGH_##s), p[i] = low; }
     SWAP(1) SWAP(2) SWAP(4) SWAP(8)
     for (int i = 0; i < 16; i++) *(loose *)(b + i * b_stride) = p[i];
 }
