@@ -293,6 +293,9 @@ def make_agent(actor: Actor, qf1: QNetwork, qf2: QNetwork, learning_rate: float)
     targets = [copy.deepcopy(net).requires_grad_(False) for net in online]
     q_optimizer = optim.Adam([*qf1.parameters(), *qf2.parameters()], lr=learning_rate, fused=True)
     actor_optimizer = optim.Adam(actor.parameters(), lr=learning_rate, fused=True)
+    for optimizer in (q_optimizer, actor_optimizer):  # tell autograd of the change, which a fused step does not
+        changed = optimizer.param_groups[0]["params"]
+        optimizer.register_step_post_hook(lambda *_, changed=changed: torch.autograd.graph.increment_version(changed))
     parameters = ([param for net in nets for param in net.parameters()] for nets in (online, targets))
     return Agent(*online, *targets, q_optimizer, actor_optimizer, *parameters)
 
@@ -1598,8 +1601,13 @@ def pick_kernel(args: Args) -> str:
     except OSError as error:
         if args.kernel == "nm":
             raise UserError(f"--kernel nm: {first_line(error)}") from None
-        print(f"warning: going on with --kernel torch, several times slower: {first_line(error)}", file=sys.stderr)
+        warn_once(f"going on with --kernel torch, several times slower: {first_line(error)}")
         return "torch"
+
+
+@cache
+def warn_once(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
 
 
 # --- end kernels ---

@@ -1,0 +1,249 @@
+"""The CPU kernels against float64, against torch's rules, and their compile cache under attack."""
+
+import copy
+import itertools
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from conftest import SMALL
+
+pytestmark = pytest.mark.skipif(not shutil.which(os.environ.get("CC", "cc")), reason="no C compiler")
+
+
+class Net(nn.Module):
+    """Layers fc1, fc2, ... of the given widths."""
+
+    def __init__(self, widths):
+        super().__init__()
+        for i, (a, b) in enumerate(itertools.pairwise(widths), 1):
+            setattr(self, f"fc{i}", nn.Linear(a, b))
+
+
+def nm_net(rnm, widths, n, m, seed=0, head=False, threads=1):
+    torch.manual_seed(seed)
+    args = rnm.Args(n=n, m=m, kernel="nm", sparse_head=head, threads=threads)
+    net = rnm.sparsify(Net(widths), args)
+    assert net.kernel == "nm"
+    return net
+
+
+def reference(net, inputs, dtype):
+    """The same network, dense in `dtype`: output as a function of leaves, which are returned with it."""
+    x = [i.detach().to(dtype).requires_grad_() for i in inputs]
+    weights = [layer.weight.detach().to(dtype).requires_grad_() for layer in net.children()]
+    biases = [layer.bias.detach().to(dtype).requires_grad_() for layer in net.children()]
+    y = torch.cat(x, 1)
+    for i, (w, b) in enumerate(zip(weights, biases, strict=True)):
+        y = F.linear(y if i == 0 else F.relu(y), w, b)
+    return y, x, weights, biases
+
+
+def close(a, b):
+    return (a.double() - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+SHAPES = [
+    ((17, 6), (256, 256, 1), 256),
+    ((27,), (256, 256, 8), 256),
+    ((105, 8), (256, 256, 1), 100),
+    ((348, 17), (64, 64, 1), 65),
+    ((11,), (70, 33, 3), 1),
+    ((3, 1), (16, 16, 16, 2), 300),
+    ((5,), (16, 1), 63),
+    ((40, 2), (513, 300, 20), 129),
+]
+
+
+@pytest.mark.parametrize(("n", "m"), [(2, 4), (1, 4), (1, 8), (4, 8), (1, 16), (3, 5), (7, 7)])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_all_three_products_against_float64(rnm, shape, n, m):
+    inputs, hidden, batch = shape
+    net = nm_net(rnm, (sum(inputs), *hidden), n, m, head=batch % 2 == 1)
+    generator = torch.Generator().manual_seed(batch)
+    x = [torch.randn(batch, width + 3, generator=generator)[:, 1 : width + 1].requires_grad_() for width in inputs]
+    y = rnm.mlp(net, *x)
+    dy = torch.randn(y.shape, generator=generator)
+    parameters = [p for layer in net.children() for p in layer._parameters.values()]
+    grads = torch.autograd.grad(y, [*x, *parameters], dy)
+    y64, x64, weights, biases = reference(net, x, torch.float64)
+    expected = torch.autograd.grad(y64, [*x64, *weights, *biases], dy.double())
+    assert close(y, y64)
+    for grad, wanted in zip(grads, expected[: len(x)], strict=False):
+        assert grad.shape == wanted.shape and close(grad, wanted)
+    for i, layer in enumerate(net.children()):
+        dw, db = expected[len(x) + i], expected[len(x) + len(weights) + i]
+        assert close(grads[len(x) + 2 * i], dw.gather(1, layer.index) if hasattr(layer, "index") else dw)
+        assert close(grads[len(x) + 2 * i + 1], db)
+    with torch.no_grad():
+        assert close(rnm.mlp(net, *x), y64)
+        assert close(rnm.mlp(net, *(i[:1] for i in x)), y64[:1])  # batch 1 has a path of its own
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_same_bits_with_any_number_of_threads(rnm, threads):
+    results = []
+    for count in (1, threads, 1):
+        net = nm_net(rnm, (23, 256, 256, 1), 1, 8, threads=count)
+        x = torch.randn(300, 23, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        for _ in range(20):
+            y = rnm.mlp(net, x)
+            results.append([y, *torch.autograd.grad(y.square().sum(), [x, *net.parameters()])])
+    for result in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(result, results[0], strict=True))
+
+
+def test_two_forwards_before_one_backward(rnm):
+    net = nm_net(rnm, (10, 64, 64, 1), 1, 4)
+    a, b = (torch.randn(70, 10, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    loss = rnm.mlp(net, a).square().mean() + rnm.mlp(net, b).mean()
+    loss.backward()
+    got = [p.grad.clone() for p in net.parameters()]
+    net.kernel = "torch"
+    net.zero_grad()
+    (rnm.mlp(net, a).square().mean() + rnm.mlp(net, b).mean()).backward()
+    for p, grad in zip(net.parameters(), got, strict=True):
+        assert torch.allclose(p.grad, grad, rtol=1e-4, atol=1e-6)
+
+
+def test_what_changes_between_forward_and_backward_raises(rnm):
+    nets = [nm_net(rnm, (10, 64, 64, 1), 1, 4) for _ in range(3)]
+    net, optimizer = nets[1], rnm.make_agent(*nets, 1e-3).q_optimizer
+    x = torch.randn(70, 10)
+    rnm.mlp(net, x).sum().backward()
+    y = rnm.mlp(net, x).sum()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+    y = rnm.mlp(net, x).sum()
+    net.fc1.index.copy_(net.fc1.index.clone())
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+    x.requires_grad_()
+    with pytest.raises(RuntimeError, match="--kernel torch"):
+        torch.autograd.grad(rnm.mlp(net, x).sum(), x, create_graph=True)
+
+
+def test_only_what_is_needed_gets_a_gradient(rnm):
+    net = nm_net(rnm, (10, 64, 64, 1), 1, 4)
+    a, b = torch.randn(70, 7), torch.randn(70, 3, requires_grad=True)
+    net.requires_grad_(False)
+    rnm.mlp(net, a, b).sum().backward()
+    assert a.grad is None and all(p.grad is None for p in net.parameters())
+    y64, x64, *_ = reference(net, (a, b), torch.float64)
+    assert close(b.grad, torch.autograd.grad(y64.sum(), x64[1])[0])
+
+
+def test_new_masks_and_copies_are_seen(rnm):
+    net = nm_net(rnm, (10, 64, 64, 1), 1, 4)
+    x = torch.randn(70, 10)
+    rnm.mlp(net, x)
+    twin = copy.deepcopy(net)
+    for layer in rnm.nm_layers(net).values():
+        E = rnm.project(torch.randn(layer.W.shape), 1, 4)
+        layer.E.copy_(E)
+        layer.index.copy_(E.nonzero()[:, 1].view_as(layer.index))
+        layer.values.data = layer.values.data.clone()  # other memory, too
+    for network in (net, twin):
+        assert close(rnm.mlp(network, x), reference(network, (x,), torch.float64)[0])
+
+
+def test_nan_comes_through(rnm):
+    net = nm_net(rnm, (10, 64, 64, 1), 1, 4)
+    x = torch.randn(70, 10)
+    x[5, 3] = torch.nan
+    with torch.no_grad():
+        net.fc1.bias[3] = 1.0
+        net.fc1.values[3, 0] = 1.0
+        y = rnm.mlp(net, x)
+    assert y.isnan().any() == reference(net, (x,), torch.float32)[0].isnan().any()
+    assert y[:5].isfinite().all()
+
+
+def test_as_near_to_torch_as_one_ulp(rnm):
+    """Static masks: kernels leave torch's path no faster than torch itself does after a one-ulp change at the start."""
+
+    def run(kernel, ulp=False):
+        args = rnm.Args(env_id="Reach-v0", hidden_dim=64, batch_size=64, n=1, m=4, kernel=kernel, track=False)
+        env = rnm.make_env(args.env_id)
+        agent = rnm.make_agent(*rnm.make_networks(args, env, 0), args.learning_rate)
+        if ulp:
+            with torch.no_grad():
+                for net in (agent.actor, agent.qf1, agent.qf2):
+                    for p in net.parameters():
+                        p.copy_(torch.nextafter(p, torch.full_like(p, torch.inf)))
+        rb, rng = rnm.ReplayBuffer(500, env, "cpu"), rnm.make_generators(0, "cpu")
+        rb.added, rb.array[:] = 500, torch.randn(rb.array.shape, generator=torch.Generator().manual_seed(1)).numpy()
+        rb.array[:, -1] = 0
+        found = []
+        for update in range(1, 1001):
+            rnm.update_agent(agent, rb, args, rng, update)
+            if update in (10, 100, 1000):
+                found.append(torch.cat([p.detach().flatten().clone() for p in agent.online_parameters]))
+        return found
+
+    torch_path, kernels, moved = run("torch"), run("nm"), run("torch", ulp=True)
+    for a, b, c in zip(torch_path, kernels, moved, strict=True):
+        assert 0 < (a - b).abs().mean() <= 5 * (a - c).abs().mean()
+
+
+LOAD = "import rnm_td3_continuous as r; print(r.load_kernels().lanes, r.load_kernels()._name)"
+
+
+def start(tmp_path, code=LOAD, **environ):
+    environ = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")} | environ
+    return subprocess.Popen([sys.executable, "-c", code], env=environ, text=True, stdout=-1, stderr=-1)
+
+
+@pytest.mark.slow
+def test_compile_cache_under_attack(tmp_path):
+    folder = tmp_path / "cache" / "nm-sparse-rl"
+    waiting = tmp_path / "slow-cc"  # a compiler that can be killed at work
+    waiting.write_text('#!/bin/sh\ncase "$*" in *-dM*) exec cc "$@";; esac\ntouch "$0.started"\nsleep 60\n')
+    waiting.chmod(0o755)
+    killed = start(tmp_path, CC=str(waiting))
+    for _ in range(3000):
+        if (tmp_path / "slow-cc.started").exists():
+            break
+        time.sleep(0.01)
+    killed.send_signal(signal.SIGKILL)
+    assert killed.wait() == -signal.SIGKILL and not list(folder.glob("*.so"))
+
+    crowd = [start(tmp_path) for _ in range(4)]  # an empty cache, all at once
+    outputs = [process.communicate() for process in crowd]
+    assert all(process.returncode == 0 for process in crowd), outputs
+    assert len(list(folder.iterdir())) == 1 and all(out.split()[0] in ("32", "64") for out, _ in outputs)
+
+    library = next(folder.iterdir())
+    stamp = library.stat().st_mtime_ns
+    again = start(tmp_path, CC="cc").communicate()[0]
+    assert str(library) in again and library.stat().st_mtime_ns == stamp  # taken, not compiled
+
+    (tmp_path / "file").write_text("")  # where no folder can be made
+    unwritable = start(tmp_path, XDG_CACHE_HOME=str(tmp_path / "file"))
+    assert unwritable.communicate()[0].split()[0] in ("32", "64") and unwritable.returncode == 0
+
+
+def test_without_a_compiler(rnm, cli, monkeypatch, tmp_path):
+    rnm.load_kernels.cache_clear()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    for broken in ("/nowhere/cc", "false"):
+        monkeypatch.setenv("CC", broken)
+        code, out, err = cli(rnm, "--no-track", "--total-timesteps", 150)
+        assert code == 0 and "finished" in out
+        assert err.count("warning: going on with --kernel torch") == 1 and err.count("\n") == 1
+        code, _, err = cli(rnm, "--no-track", "--kernel", "nm")
+        assert code == 2 and err.startswith("error: --kernel nm: ") and err.count("\n") == 1
+    rnm.load_kernels.cache_clear()
+
+
+def test_kernels_train_resume_and_report(rnm, small):
+    run = rnm.train(small(rnm, n=1, m=4, kernel="nm", threads=2, **{k: SMALL[k] for k in ("hidden_dim",)}))
+    assert run["exit_reason"] == "finished"
