@@ -18,6 +18,7 @@ import dataclasses
 import difflib
 import fcntl
 import io
+import itertools
 import json
 import math
 import os
@@ -31,6 +32,7 @@ import sys
 import threading
 import time
 import warnings
+import zipfile
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -128,7 +130,7 @@ class Actor(nn.Module):
         self.fc1 = nn.Linear(obs_dim, hidden_dim)
         self.fc2 = nn.Linear(hidden_dim, hidden_dim)
         self.fc_mu = nn.Linear(hidden_dim, action_dim)
-        low, high = torch.tensor(env.action_space.low), torch.tensor(env.action_space.high)
+        low, high = action_bounds(env)
         self.register_buffer("action_scale", (high - low) / 2)  # [action_dim], each dimension has its own
         self.register_buffer("action_bias", (high + low) / 2)
         self.register_buffer("action_low", low, persistent=False)
@@ -253,14 +255,14 @@ def make_networks(args: Args, env: gym.Env, seed: int) -> tuple[Actor, QNetwork,
 
 def train(args: Args) -> dict:
     """Train; returns run_dir, exit_reason and final_score. README: what is logged, and the files of a run."""
-    torch.set_num_threads(args.threads)
+    set_up_torch(args)
     video = args.capture_video and can_render(args.env_id)
     env = make_env(args.env_id)
     rng = make_generators(args.seed, args.device)
     agent = make_agent(*make_networks(args, env, *draw_seeds(rng["init"], 1)), args.learning_rate)
     rb = ReplayBuffer(args.buffer_size, env, args.device)
     eval_seeds = draw_seeds(rng["evaluation"], args.eval_episodes)
-    low, high = torch.tensor(env.action_space.low), torch.tensor(env.action_space.high)  # [action_dim]
+    low, high = action_bounds(env)  # [action_dim]
     exploration_scale = args.exploration_noise * (high - low) / 2
     env.reset(seed=draw_seeds(rng["env_reset"], 1)[0])  # once: later resets go on with the environment's own generator
 
@@ -273,16 +275,18 @@ def train(args: Args) -> dict:
     with Run(args, METRICS, model_stats(args, layer_shapes(agent)), progress) as run:
 
         def save() -> None:
-            progress.update(global_step=global_step, update=update, losses=losses)
-            save_checkpoint(run, progress, agent, rb, rng, env, dense_state(agent))
-
-        if global_step == 0:
+            progress.update(global_step=global_step, update=update, losses=losses, wall_time_s=run.wall_time_s())
             with run.paused():
-                row = evaluate(agent.actor, args.env_id, eval_seeds)
+                save_checkpoint(run, progress, agent, rb, rng, env, dense_state(agent))
+
+        if not args.resume:
+            with run.paused():
+                row = evaluate(agent.actor, args.env_id, eval_seeds, global_step)
             run.log(0, row | {f"sparsity/density/{net}": d for net, d in run.stats["density"].items()})
             save()
 
         obs, _ = env.reset()
+        check_finite(f"reset after step {global_step}", obs)
         episodic_return, episodic_length = 0.0, 0
         while global_step < args.total_timesteps:
             if global_step < args.learning_starts:
@@ -293,8 +297,8 @@ def train(args: Args) -> dict:
 
             next_obs, reward, terminated, truncated, _ = env.step(action)
             global_step += 1
-            check_finite(f"step {global_step}", observation=next_obs, reward=reward)
             rb.add(obs, next_obs, action, reward, terminated)  # true successor; only termination cuts the bootstrap
+            check_finite(f"observation or reward of step {global_step}", rb.last)
             obs = next_obs
             episodic_return += float(reward)
             episodic_length += 1
@@ -304,7 +308,7 @@ def train(args: Args) -> dict:
                 start = time.perf_counter()
                 update += 1
                 losses |= update_agent(agent, rb, args, rng, update)
-                check_finite(f"step {global_step}", **losses)
+                check_finite(f"a loss of step {global_step}", *losses.values())
                 update_times.append(time.perf_counter() - start)
 
             if terminated or truncated:
@@ -317,25 +321,27 @@ def train(args: Args) -> dict:
                     update_times.clear()
             if global_step % args.eval_interval == 0 or global_step == args.total_timesteps:
                 with run.paused():
-                    row |= evaluate(agent.actor, args.env_id, eval_seeds)
+                    row |= evaluate(agent.actor, args.env_id, eval_seeds, global_step)
                 evaluations.append([global_step, row["eval/episodic_return"]])
             if row:
                 run.log(global_step, row)
             run.bar.update()
 
             if terminated or truncated:
-                if run.checkpoint_due(global_step, env):
+                stop = run.stop_signal  # read once: a signal may come between the next lines
+                if run.checkpoint_due(global_step, env, stop):
                     save()
-                if run.stop_signal:
+                if stop:
                     break
                 obs, _ = env.reset()
+                check_finite(f"reset after step {global_step}", obs)
                 episodic_return, episodic_length = 0.0, 0
 
         if global_step >= args.total_timesteps:
             run.finish(final_score(evaluations), dense_state(agent))
-            hardware_report(run, env, rb, make_networks(args, env, seed=0))
+            run.attempt("hardware report", lambda: hardware_report(run, env, rb, make_networks(args, env, seed=0)))
             if video:
-                run.film(agent.actor, eval_seeds[0])
+                run.attempt("video", lambda: run.film(agent.actor, eval_seeds[0]))
     return {"run_dir": str(run.dir), "exit_reason": run.meta["exit_reason"], "final_score": run.meta["final_score"]}
 
 
@@ -370,26 +376,35 @@ class NonFiniteError(Exception):
 
 def check_args(args: "Args") -> None:
     """Raise UserError for a number out of the range that its help names."""
+    huge = 2**62
     limits = {
-        (0, 2**63 - 1): "seed",
-        (1, 2**63): "total_timesteps buffer_size batch_size policy_frequency eval_interval eval_episodes"
-        " checkpoint_interval",
-        (0, 2**63): "learning_starts mask_update_interval policy_noise exploration_noise noise_clip",
+        (0, huge): "seed learning_starts mask_update_interval policy_noise exploration_noise noise_clip",
+        (1, huge): "total_timesteps buffer_size policy_frequency eval_interval checkpoint_interval",
+        (1, 2**20): "batch_size eval_episodes",
         (0, 1): "gamma tau learning_rate",
-        (1, 65_536): "hidden_dim n m",
+        (1, 2**15): "hidden_dim n m",
         (1, 1024): "threads",
     }
     for (low, high), names in limits.items():
         for name in names.split():
-            value = getattr(args, name, low or high)
-            if not low <= value <= high or (name in ("tau", "learning_rate") and value == 0):
-                least = f"more than {low}" if name in ("tau", "learning_rate") else f"at least {low}"
-                most = f" and at most {high}" if high < 2**63 - 1 else ""
-                raise UserError(f"{flag(name)} must be {least}{most}, not {value}")
+            value = getattr(args, name, low)
+            above = name in ("tau", "learning_rate")  # these exclude their lower bound
+            if not low <= value <= high or (above and value == low):
+                most = f" and at most {high}" if high < huge else ""
+                raise UserError(f"{flag(name)} must be {'more than' if above else 'at least'} {low}{most}, not {value}")
     if getattr(args, "n", 1) > getattr(args, "m", 1) or getattr(args, "m", 1) > args.hidden_dim:
         raise UserError(f"1 <= --n <= --m <= --hidden-dim is needed, not n {args.n}, m {args.m}, {args.hidden_dim}")
+
+
+def set_up_torch(args: "Args") -> None:
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here, use --device cpu")
+    torch.set_num_threads(args.threads)
+
+
+# What may be typed beside --resume and --evaluate and differ from the run.
+MAY_CHANGE = "resume runs_dir total_timesteps checkpoint_interval track wandb_project_name wandb_entity capture_video"
+EVALUATE_MAY_CHANGE = "evaluate runs_dir eval_episodes capture_video seed device threads"
 
 
 def parse_args(argv: list[str] | None = None) -> "Args":
@@ -398,15 +413,12 @@ def parse_args(argv: list[str] | None = None) -> "Args":
     finder.add_argument("--resume")
     finder.add_argument("--evaluate")
     found = finder.parse_known_args(argv)[0]
-    folder = found.resume or found.evaluate
+    folder = found.evaluate if found.resume is None else found.resume
     if folder is None:
         return tyro.cli(Args, description=__doc__, args=argv)
-    if found.resume and found.evaluate:
+    if None not in (found.resume, found.evaluate):
         raise UserError("--resume and --evaluate exclude each other")
-    may_change = "evaluate eval_episodes capture_video seed device threads".split()
-    if found.resume:
-        may_change = "resume runs_dir total_timesteps checkpoint_interval track wandb_project_name wandb_entity \
-            capture_video".split()
+    may_change = MAY_CHANGE if found.evaluate is None else EVALUATE_MAY_CHANGE
     try:
         saved = Args(**read_meta(folder)["args"])
     except (KeyError, TypeError) as error:
@@ -414,7 +426,7 @@ def parse_args(argv: list[str] | None = None) -> "Args":
     saved.resume = saved.evaluate = None
     args = tyro.cli(Args, description=__doc__, args=argv, default=dataclasses.replace(saved))
     for name, old in vars(saved).items():
-        if getattr(args, name) != old and name not in may_change:
+        if getattr(args, name) != old and name not in may_change.split():
             raise UserError(f"{flag(name)} is {old} in {folder} and can't become {getattr(args, name)}")
     if args.total_timesteps < saved.total_timesteps:
         raise UserError(f"--total-timesteps is {saved.total_timesteps} in {folder} and can only grow")
@@ -426,6 +438,8 @@ def read_meta(folder: str) -> dict:
     try:
         meta = json.loads(path.read_text())
         script = meta["script"]
+        for key in "run_name wandb_id args exit_reason final_score kernel threads hardware versions".split():
+            _ = meta[key]  # all that is read later
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{folder} is not the folder of a run: {path} does not exist") from None
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -492,10 +506,12 @@ class ReplayBuffer:
             raise UserError(f"--buffer-size {size} needs {size * sum(self.widths) >> 28:,} GiB of memory") from None
         self.rows = torch.from_numpy(self.array)
         self.added = 0  # transitions ever added
+        self.last = self.array[0]  # the row added last
         self.files: list[list[int]] = []  # [start, stop) of the transitions in each file on disk
 
     def add(self, obs, next_obs, action, reward, done) -> None:
         row, a, n = self.array[self.added % self.size], self.widths[0], self.widths[0] + self.widths[1]
+        self.last = row
         row[:a], row[a:n], row[n:-2], row[-2], row[-1] = obs, action, next_obs, reward, done
         self.added += 1
 
@@ -513,7 +529,7 @@ class ReplayBuffer:
         while start < self.added:
             stop = min(start + self.FILE_ROWS, self.added)
             rows = self.array[np.arange(start, stop) % self.size]
-            write_atomic(folder / f"{start}-{stop}.npy", lambda file, rows=rows: np.save(file, rows))
+            write_atomic(folder / f"{start}-{stop}.npz", lambda file, rows=rows: np.savez(file, rows=rows))  # has CRCs
             self.files.append([start, stop])
             start = stop
 
@@ -521,7 +537,8 @@ class ReplayBuffer:
         self.files, self.added = files, added
         for start, stop in files:
             first = max(start, added - self.size)
-            rows = np.load(folder / f"{start}-{stop}.npy", allow_pickle=False)
+            with np.load(folder / f"{start}-{stop}.npz", allow_pickle=False) as file:
+                rows = file["rows"]
             self.array[np.arange(first, stop) % self.size] = rows[first - start :]
 
 
@@ -532,6 +549,8 @@ class ReplayBuffer:
 def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     """A plain environment; raises UserError where this script can't run on it."""
     warnings.filterwarnings("ignore", ".*is out of date", DeprecationWarning)  # v4 is what was published
+    if not re.search(r"-v\d+$", env_id):
+        raise UserError(f"--env-id {env_id} must name the version, as in Ant-v4")
     try:
         env = gym.make(env_id, render_mode=render_mode, disable_env_checker=True)  # the checker takes time each step
     except Exception as error:
@@ -539,13 +558,17 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
         hint = f" (close to it: {', '.join(near)})" if near else ""
         raise UserError(f"--env-id {env_id}: {first_line(error)}{hint}") from None
     obs, action = env.observation_space, env.action_space
-    if not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1:
+    if not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1 or not obs.shape[0]:
         raise UserError(f"--env-id {env_id} must have flat observations (a Box of one dimension), not {obs}")
-    if not isinstance(action, gym.spaces.Box) or len(action.shape) != 1:
+    if not isinstance(action, gym.spaces.Box) or action.dtype.kind != "f" or action.shape[1:] or not action.low.size:
         raise UserError(f"--env-id {env_id} must have continuous actions (a Box of one dimension), not {action}")
     if not (np.isfinite([action.low, action.high]).all() and (action.low < action.high).all()):
         raise UserError(f"--env-id {env_id} must have bounded actions, not {action}")
     return env
+
+
+def action_bounds(env: gym.Env) -> tuple[torch.Tensor, torch.Tensor]:
+    return tuple(torch.tensor(bound, dtype=torch.float32) for bound in (env.action_space.low, env.action_space.high))
 
 
 def make_generators(seed: int, device: str) -> dict[str, torch.Generator]:
@@ -561,10 +584,10 @@ def draw_seeds(generator: torch.Generator, count: int) -> list[int]:
     return torch.randint(2**31, (count,), generator=generator).tolist()
 
 
-def check_finite(where: str, **values) -> None:
-    for name, value in values.items():
+def check_finite(what: str, *values) -> None:
+    for value in values:
         if not (math.isfinite(value) if isinstance(value, float) else np.isfinite(value).all()):
-            raise NonFiniteError(f"{where}: {name} is NaN or infinite")
+            raise NonFiniteError(f"{what} is NaN or infinite")
 
 
 @torch.no_grad()
@@ -574,18 +597,19 @@ def act(actor: "Actor", obs: np.ndarray) -> torch.Tensor:
     return actor(x.to(actor.action_scale.device))[0].cpu()
 
 
-def evaluate(actor: "Actor", env_id: str, seeds: list[int], video_dir: Path | None = None) -> dict[str, float]:
+def evaluate(actor: "Actor", env_id: str, seeds: list[int], step: int, video: Path | None = None) -> dict[str, float]:
     """Returns and lengths of the noise-free policy, an episode per seed, in an environment of its own."""
-    env = make_env(env_id, render_mode="rgb_array" if video_dir else None)
-    if video_dir:
-        env = gym.wrappers.RecordVideo(env, str(video_dir), episode_trigger=lambda _: True, disable_logger=True)
+    env = make_env(env_id, render_mode="rgb_array" if video else None)
+    if video:
+        options = {"episode_trigger": lambda _: True, "name_prefix": video.name, "disable_logger": True}
+        env = gym.wrappers.RecordVideo(env, str(video.parent), **options)
     returns, lengths = [0.0] * len(seeds), [0] * len(seeds)
     for episode, seed in enumerate(seeds):
         obs, _ = env.reset(seed=seed)
         done = False
         while not done:
             obs, reward, terminated, truncated, _ = env.step(act(actor, obs).numpy())
-            check_finite("evaluation", observation=obs, reward=reward)
+            check_finite(f"observation or reward in the evaluation at step {step}", obs, reward)
             returns[episode] += float(reward)
             lengths[episode] += 1
             done = terminated or truncated
@@ -599,7 +623,7 @@ def evaluate(actor: "Actor", env_id: str, seeds: list[int], video_dir: Path | No
 
 def evaluate_run(args: "Args") -> None:
     """--evaluate: the run's own evaluation episodes (further ones come from the same stream), filmed if asked for."""
-    torch.set_num_threads(args.threads)
+    set_up_torch(args)
     folder, video = Path(args.evaluate), args.capture_video and can_render(args.env_id)
     actor = Actor(make_env(args.env_id), args.hidden_dim).to(args.device)  # plain nn.Linear layers
     try:
@@ -607,7 +631,8 @@ def evaluate_run(args: "Args") -> None:
     except Exception as error:
         raise UserError(f"{folder / 'model.pt'} is missing, damaged or foreign: {first_line(error)}") from None
     seeds = draw_seeds(make_generators(args.seed, args.device)["evaluation"], args.eval_episodes)
-    row = evaluate(actor, args.env_id, seeds, folder / "videos" if video else None)
+    film = folder / "videos" / time.strftime("evaluate-%Y%m%d-%H%M%S")
+    row = evaluate(actor, args.env_id, seeds, 0, film if video else None)
     print(f"{folder.name}: return {row['eval/episodic_return']:.1f} ± {row['eval/episodic_return_std']:.1f}, mean ± std"
           f" of {len(seeds)} episodes{f', videos in {folder}/videos' if video else ''}")  # fmt: skip
 
@@ -618,7 +643,7 @@ def can_render(env_id: str) -> bool:
     if sys.platform == "linux" and "DISPLAY" not in environ:
         environ.setdefault("MUJOCO_GL", "egl")
     code = f"import gymnasium, moviepy; e = gymnasium.make({env_id!r}, render_mode='rgb_array'); e.reset(); e.render()"
-    trial = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True)
+    trial = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=300)
     if trial.returncode == 0:
         os.environ.update(environ)  # mujoco reads it when it is imported
     else:
@@ -635,65 +660,80 @@ class Run:
     """What a run leaves behind (folder, W&B), its training clock, progress bar and signals."""
 
     def __init__(self, args: "Args", metrics: list[str], stats: dict, progress: dict, kernel: str = "torch"):
-        self.args, self.stats, self.stop_signal, self.last_checkpoint = args, stats, None, progress["global_step"]
+        self.args, self.stats, self.stop_signal = args, stats, None
+        self.last_checkpoint = progress["global_step"] if args.resume else None
         facts = {
             "n": getattr(args, "n", None), "m": getattr(args, "m", None), "kernel": kernel, "threads": args.threads,
-            "hardware": hardware_name(args), **git_state(), **stats,
+            "hardware": hardware_name(args), "cores": os.cpu_count(), **stats,
             "versions": {"python": platform.python_version()}
             | {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy", "wandb")},
         }  # fmt: skip
+        facts["commit"], facts["dirty"] = git_state()
         if args.resume:
             self.dir, self.meta = Path(args.resume), read_meta(args.resume)
-            for key in ("kernel", "threads", "hardware", "versions"):
-                if facts[key] != self.meta[key]:
-                    print(f"warning: not bit for bit: {key} was {self.meta[key]}, is {facts[key]}", file=sys.stderr)
+            new = [key for key in ("kernel", "threads", "hardware", "versions") if facts[key] != self.meta[key]]
+            if new:
+                changes = "; ".join(f"{key} was {self.meta[key]}, is {facts[key]}" for key in new)
+                print(f"warning: not bit for bit: {changes}", file=sys.stderr)
             facts = {"resumed": [*self.meta.get("resumed", []), {"global_step": self.last_checkpoint, **facts}]}
         else:
             self.dir = new_run_dir(args)
             (self.dir / "replay").mkdir()
             self.meta = {"script": Path(__file__).name, "run_name": self.dir.name, "start": utc_now()}
-        self.meta |= facts | {"args": vars(args) | {"resume": None}, "end": None, "exit_reason": "running"}
-        self.meta |= {"final_score": None}
+            self.meta["wandb_id"] = f"{self.dir.name}-{os.urandom(2).hex()}"  # names are unique in a folder only
         self.csv = open_metrics(self.dir / "metrics.csv", metrics, self.last_checkpoint)
         self.writer = csv.DictWriter(self.csv, metrics, lineterminator="\n")  # a key that is not in `metrics` raises
+        self.meta |= facts | {"args": vars(args) | {"resume": None}, "end": None, "exit_reason": "running"}
+        self.meta |= {"final_score": None}
         self.write_meta()
         self.wandb = start_wandb(args, self.meta)
-        self.bar = tqdm(total=args.total_timesteps, initial=self.last_checkpoint, unit="step", desc=self.dir.name,
-                        dynamic_ncols=True, disable=not sys.stderr.isatty())  # fmt: skip
+        self.bar = tqdm(total=args.total_timesteps, initial=progress["global_step"], unit="step", dynamic_ncols=True,
+                        disable=not sys.stderr.isatty())  # fmt: skip
         self.clock = time.perf_counter() - progress["wall_time_s"]
-        self.last_row = (self.last_checkpoint, progress["wall_time_s"])
+        self.last_row = (progress["global_step"], progress["wall_time_s"])
 
     def __enter__(self) -> "Run":
         self.handlers = {}
         if threading.current_thread() is threading.main_thread():
-            self.handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
-        self.say(f"{self.dir}: {'resumed' if self.args.resume else 'started'} at step {self.last_checkpoint}")
+            signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+            self.handlers = {number: signal.signal(number, self.stop) for number in signals}
+        self.say(f"{self.dir}: {f'resumed at step {self.last_checkpoint}' if self.args.resume else 'started'}")
         return self
 
     def stop(self, number: int, _frame) -> None:
         if self.stop_signal:
             os._exit(128 + number)
-        self.stop_signal = signal.Signals(number).name.lower()
+        self.stop_signal = "sigint" if number == signal.SIGINT else "sigterm"
         os.write(2, b"\nstopping at the end of this episode; once more to leave at once\n")
 
     def __exit__(self, kind, error, _traceback) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+        self.restore_signals()
         self.bar.close()
-        last = f"last checkpoint: {self.dir / 'checkpoint.pt'}, step {self.last_checkpoint} (--resume {self.dir})"
-        if kind:
-            self.meta["exit_reason"] = "nan" if kind is NonFiniteError else "error"
-            print(f"stopped by {kind.__name__}; {last}", file=sys.stderr)
-        elif self.meta["exit_reason"] == "running":
-            self.meta["exit_reason"] = self.stop_signal
-            self.say(f"stopped by {self.stop_signal}; {last}")
+        last = f"no checkpoint yet in {self.dir}"
+        if self.last_checkpoint is not None:
+            last = f"last checkpoint: {self.dir / 'checkpoint.pt'}, step {self.last_checkpoint} (--resume {self.dir})"
+        if self.meta["exit_reason"] == "running":
+            reasons = {None: self.stop_signal, NonFiniteError: "nan"}
+            self.meta["exit_reason"] = reasons.get(kind, "error")
+            print(f"stopped by {self.meta['exit_reason']}; {last}", file=sys.stderr if kind else sys.stdout)
         self.meta["end"] = utc_now()
         with contextlib.suppress(OSError):  # on a full disk the first error is the one to report
             self.write_meta()
         with contextlib.suppress(OSError):
             self.csv.close()
         if self.wandb:
-            self.wandb.finish(exit_code=int(self.meta["exit_reason"] != "finished"))
+            self.attempt("upload to W&B", self.finish_wandb)
+
+    def restore_signals(self) -> None:
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
+
+    def attempt(self, what: str, action) -> None:
+        """Do what a finished run must not fail for."""
+        try:
+            action()
+        except Exception as error:
+            self.say(f"warning: no {what}: {first_line(error)}")
 
     def say(self, message: str) -> None:
         print(message, flush=True) if self.bar.disable else self.bar.write(message)
@@ -725,14 +765,14 @@ class Run:
         if self.wandb:
             self.wandb.log(row)
         if "eval/episodic_return" in row:
-            result = f"eval return {row['eval/episodic_return']:.1f} ± {row['eval/episodic_return_std']:.1f}"
+            result = f"eval {row['eval/episodic_return']:.1f} ± {row['eval/episodic_return_std']:.1f}"
             self.bar.set_postfix_str(result)
             if self.bar.disable:
                 rate = row.get("charts/SPS") or global_step / row["charts/wall_time_s"]
-                left = (self.args.total_timesteps - global_step) / rate / 60 if rate else math.inf
-                self.say(f"step {global_step}: {result}, {rate:.0f} steps/s, {left:.1f} min left")
+                left = (self.args.total_timesteps - global_step) / 60 / rate if rate else 0
+                self.say(f"step {global_step}: {result}" + f", {rate:.0f} steps/s, {left:.1f} min left" * (rate > 0))
 
-    def checkpoint_due(self, global_step: int, env: gym.Env) -> bool:
+    def checkpoint_due(self, global_step: int, env: gym.Env, stop: str | None) -> bool:
         """At an episode's end: after each interval, on a stop signal, and (--keep-replay) if it may be the last one.
 
         Never at the very end, whose extra evaluation a longer run would not have made.
@@ -740,7 +780,7 @@ class Run:
         interval, left = self.args.checkpoint_interval, self.args.total_timesteps - global_step
         last = self.args.keep_replay and left <= (env.spec.max_episode_steps or 0)
         passed = global_step // interval > self.last_checkpoint // interval
-        return left > 0 and (passed or last or bool(self.stop_signal))
+        return left > 0 and (passed or last or bool(stop))
 
     def finish(self, score: float, model: dict) -> None:
         """All training is done: write what remains to be written, drop what only a resume needs."""
@@ -751,27 +791,23 @@ class Run:
         if not self.args.keep_replay:
             shutil.rmtree(self.dir / "replay")
         self.say(f"{self.dir}: finished, final score {score:.1f}")
-
-    def summarize(self, hardware: dict[str, float]) -> None:
-        self.meta["hardware_report"] = hardware
-        self.write_meta()
-        if self.wandb:
-            self.wandb.summary.update({"final_score": self.meta["final_score"], **hardware})
-            for path in (self.dir / "meta.json", self.dir / "masks.npz"):
-                if path.exists():  # a copy: it stays when the run's folder goes
-                    self.wandb.save(shutil.copy(path, self.wandb.dir), base_path=self.wandb.dir, policy="now")
+        self.restore_signals()
 
     def film(self, actor: "Actor", seed: int) -> None:
-        try:
-            evaluate(actor, self.args.env_id, [seed], self.dir / "videos")
-            path = max((self.dir / "videos").glob("*.mp4"), key=os.path.getmtime)
-        except Exception as error:  # a finished run does not fail for a film
-            return self.say(f"warning: no video: {first_line(error)}")
+        evaluate(actor, self.args.env_id, [seed], self.args.total_timesteps, self.dir / "videos" / "final")
+        path = max((self.dir / "videos").glob("*.mp4"), key=os.path.getmtime)
         self.say(f"video: {path}")
         if self.wandb:
             import wandb
 
             self.wandb.log({"video": wandb.Video(str(path), format="mp4"), "global_step": self.args.total_timesteps})
+
+    def finish_wandb(self) -> None:
+        self.wandb.summary.update({"final_score": self.meta["final_score"], **self.meta.get("hardware_report", {})})
+        for path in (self.dir / "meta.json", self.dir / "masks.npz"):
+            if path.exists():  # a copy: it stays when the run's folder goes
+                self.wandb.save(shutil.copy(path, self.wandb.dir), base_path=self.wandb.dir, policy="now")
+        self.wandb.finish(exit_code=int(self.meta["exit_reason"] != "finished"))
 
 
 def new_run_dir(args: "Args") -> Path:
@@ -780,34 +816,38 @@ def new_run_dir(args: "Args") -> Path:
     name = re.sub(r"[^\w.-]", "-", name)
     try:
         Path(args.runs_dir).mkdir(parents=True, exist_ok=True)
-        for suffix in ("", *(f"-{number}" for number in range(2, 10_000))):
+        for number in itertools.count(1):
             with contextlib.suppress(FileExistsError):
-                path = Path(args.runs_dir) / (name + suffix)
+                path = Path(args.runs_dir) / (name if number == 1 else f"{name}-{number}")
                 path.mkdir()
                 return path
     except OSError as error:
         raise UserError(f"--runs-dir {args.runs_dir} can't be written: {first_line(error)}") from None
-    raise UserError(f"--runs-dir {args.runs_dir} is full of runs named {name}")
 
 
-def open_metrics(path: Path, metrics: list[str], last_step: int):
-    """metrics.csv for appending, locked against a second process and cut back to the rows up to `last_step`."""
-    file = open(path, "a+", newline="")
+def open_metrics(path: Path, metrics: list[str], last_step: int | None):
+    """metrics.csv for appending, locked against a second process; of a resumed run cut back to rows up to last_step."""
     try:
+        file = open(path, "r+b" if last_step is not None else "x+b")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(f"{path.parent} is being written by another process") from None
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing") from None
+    except OSError as error:
+        raise UserError(f"{path.parent} is being written by another process ({first_line(error)})") from None
+    header, lines = (",".join(metrics) + "\n").encode(), file.readlines()
+    if last_step is not None and lines[:1] != [header]:
+        raise UserError(f"{path} is damaged or was written by another version of this script")
+    size = len(header)
+    for line in lines[1:]:
+        step = line.split(b",")[0]
+        if not (line.endswith(b"\n") and step.isdigit() and int(step) <= last_step):
+            break
+        size += len(line)
     file.seek(0)
-    header, lines = ",".join(metrics) + "\n", file.readlines()
-    if not lines:
-        file.write(header)
-    elif lines[0] != header:
-        raise UserError(f"{path} was written by another version of this script")
-    else:
-        kept = [line for line in lines[1:] if line.endswith("\n") and int(line.split(",")[0]) <= last_step]
-        file.truncate(len(header) + sum(map(len, kept)))
-    file.flush()
-    return file
+    file.write(header)
+    file.truncate(size)
+    file.seek(size)
+    return io.TextIOWrapper(file, newline="", write_through=True)
 
 
 def start_wandb(args: "Args", meta: dict):
@@ -818,18 +858,25 @@ def start_wandb(args: "Args", meta: dict):
 
     pattern = f"{args.n}of{args.m}" if hasattr(args, "n") else "dense"
     options = {
-        "project": args.wandb_project_name, "entity": args.wandb_entity, "id": meta["run_name"], "resume": "allow",
+        "project": args.wandb_project_name, "entity": args.wandb_entity, "id": meta["wandb_id"],
         "name": meta["run_name"], "group": args.env_id, "tags": [pattern, Path(__file__).stem],
         "config": {**meta["args"], "meta": {key: value for key, value in meta.items() if key != "args"}},
-        "settings": wandb.Settings(silent=True, console="off"),
+        "resume": "allow" if args.resume else None,
+        "settings": wandb.Settings(silent=True, console="off", init_timeout=30),
     }  # fmt: skip
-    offline = "WANDB_MODE" not in os.environ and not wandb.login(prompt=False, verify=False)
     try:
-        run = wandb.init(mode="offline" if offline else None, **options)
-    except (wandb.errors.CommError, wandb.errors.AuthenticationError) as error:
-        print(f"warning: W&B can't be reached ({first_line(error)})", file=sys.stderr)
+        offline = not os.environ.get("WANDB_MODE") and not wandb.login(prompt=False, verify=False)
+        run = wandb.init(mode="offline" if offline else os.environ.get("WANDB_MODE") or None, **options)
+    except Exception as error:  # no network, a wrong key, project or mode: none of them may cost a run
+        print(f"warning: W&B: {first_line(error)}", file=sys.stderr)
         wandb.teardown()
-        run = wandb.init(mode="offline", **options)
+        os.environ["WANDB_MODE"] = "offline"
+        try:
+            run = wandb.init(**options)
+        except Exception:
+            return None
+    if run.disabled:
+        return None
     run.define_metric("*", step_metric="global_step")
     folder = Path(run.dir).parent
     offline_line = f"W&B is offline: look with `wandb leet {folder.parent}`, upload with `wandb sync {folder}`"
@@ -858,32 +905,37 @@ def write_torch(path: Path, content: dict) -> None:
 
 def save_checkpoint(run: Run, progress: dict, agent: "Agent", rb: ReplayBuffer, rng: dict, env: gym.Env, model) -> None:
     """All that a resume needs at an episode's end: tensors and plain values, so that it loads with weights_only."""
-    with run.paused():
-        os.fsync(run.csv.fileno())
-        rb.save(run.dir / "replay")
-        write_torch(run.dir / "model.pt", model)
-        content = {
-            "progress": progress | {"wall_time_s": run.wall_time_s()},
-            "agent": {name: part.state_dict() for name, part in vars(agent).items() if hasattr(part, "state_dict")},
-            "rng": {name: generator.get_state() for name, generator in rng.items()},
-            "env_rng": env.unwrapped.np_random.bit_generator.state,
-            "replay": {"files": rb.files, "added": rb.added},
-        }
-        write_torch(run.dir / "checkpoint.pt", content)
-        run.last_checkpoint = progress["global_step"]
-        needed = {f"{start}-{stop}.npy" for start, stop in rb.files}
-        for path in (run.dir / "replay").iterdir():
-            if path.name not in needed:
-                path.unlink()
+    os.fsync(run.csv.fileno())
+    rb.save(run.dir / "replay")
+    write_torch(run.dir / "model.pt", model)
+    content = {
+        "args": vars(run.args),
+        "progress": progress,
+        "agent": {name: part.state_dict() for name, part in vars(agent).items() if hasattr(part, "state_dict")},
+        "rng": {name: generator.get_state() for name, generator in rng.items()},
+        "env_rng": env.unwrapped.np_random.bit_generator.state,
+        "replay": {"files": rb.files, "added": rb.added},
+    }
+    write_torch(run.dir / "checkpoint.pt", content)
+    run.last_checkpoint = progress["global_step"]
+    needed = {f"{start}-{stop}.npz" for start, stop in rb.files}
+    for path in (run.dir / "replay").iterdir():
+        if path.name not in needed:
+            path.unlink()
 
 
 def load_checkpoint(args: "Args", agent: "Agent", rb: ReplayBuffer, rng: dict, env: gym.Env) -> dict:
     """Put the last checkpoint into freshly made objects (their memory stays theirs, so aligned); returns progress."""
     path = Path(args.resume) / "checkpoint.pt"
-    if read_meta(args.resume)["exit_reason"] == "finished" and not args.keep_replay:
+    if not (path.parent / "replay").is_dir():
         raise UserError(f"{args.resume} was finished without --keep-replay: its replay data is gone, it can't go on")
     try:
+        if (broken := zipfile.ZipFile(path).testzip()) is not None:  # torch.load does not look at checksums
+            raise ValueError(f"{broken} is not what was written")
         content = torch.load(path, weights_only=True, map_location="cpu")
+        for name, value in content["args"].items():
+            if value != getattr(args, name) and name not in MAY_CHANGE.split():
+                raise ValueError(f"it was written with {flag(name)} {value}")
         for name, state in content["agent"].items():
             getattr(agent, name).load_state_dict(state)
         for name, generator in rng.items():
@@ -919,22 +971,20 @@ def utc_now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
-def git_state() -> dict:
+def git_state() -> tuple[str | None, bool | None]:
     """Commit of this script's checkout and whether tracked files differ from it; None outside a checkout."""
-
-    def git(*command: str) -> str:
-        folder = str(Path(__file__).resolve().parent)
-        return subprocess.run(["git", "-C", folder, *command], capture_output=True, text=True).stdout.strip()
-
-    commit = git("rev-parse", "--verify", "--quiet", "HEAD") if shutil.which("git") else ""
-    return {"commit": commit or None, "dirty": bool(git("status", "--porcelain", "-uno")) if commit else None}
+    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--abbrev=40", "--exclude=*"]
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        state = subprocess.check_output([*command, "--dirty"], stderr=subprocess.DEVNULL, text=True).strip()
+        return state.removesuffix("-dirty"), state.endswith("-dirty")
+    return None, None
 
 
 def hardware_name(args: "Args") -> str:
     cpu = platform.processor() or platform.machine()
     with contextlib.suppress(OSError, StopIteration):
         cpu = next(line for line in open("/proc/cpuinfo") if line.startswith("model name")).split(": ")[1].strip()
-    return f"{cpu}, {os.cpu_count()} cores" + (f", {torch.cuda.get_device_name()}" if args.device == "cuda" else "")
+    return cpu + (f", {torch.cuda.get_device_name()}" if args.device == "cuda" else "")
 
 
 def model_stats(args: "Args", shapes: dict[str, list[tuple[int, int, int]]]) -> dict:
@@ -971,7 +1021,7 @@ def hardware_report(run: Run, env: gym.Env, rb: ReplayBuffer, networks: tuple, s
     plain = [net.to(args.device) for net in (Actor(env, dim), QNetwork(env, dim), QNetwork(env, dim))]
     own = "dense" if isinstance(networks[0].fc1, nn.Linear) else "packed"
     agents = {name: make_agent(*nets, args.learning_rate) for name, nets in ((own, networks), ("dense", plain))}
-    rng, every = make_generators(0, args.device), range(1, args.policy_frequency + 1)
+    rng, every = make_generators(0, args.device), range(1, min(args.policy_frequency, 10) + 1)
     data = rb.sample(args.batch_size, rng["replay"])
     obs = data.observations[0].cpu().numpy()
     calls = {
@@ -994,7 +1044,9 @@ def hardware_report(run: Run, env: gym.Env, rb: ReplayBuffer, networks: tuple, s
     run.say(f"{run.meta['hardware']}, {args.threads} threads, float32, batch {args.batch_size}; medians")
     for cells in table:
         run.say(f"{cells[0]:>20}" + "".join(f"{cell:>12}" for cell in cells[1:]))
-    run.summarize({f"hardware/{key}" + "_dense" * (name != own): us for (key, name), us in medians.items()})
+    keys = {(key, name): f"hardware/{key}" + "_dense" * (name != own) for key, name in medians}
+    run.meta["hardware_report"] = {keys[pair]: us for pair, us in medians.items()}
+    run.write_meta()
 
 
 # --- end shared ---

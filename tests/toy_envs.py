@@ -43,6 +43,7 @@ class DictObs(Reach):
 
 
 gym.register("Reach-v0", Reach, max_episode_steps=50)
+gym.register("ReachShort-v0", Reach, max_episode_steps=25)
 gym.register("ReachNaN-v0", Reach, max_episode_steps=50, kwargs={"fault": "observation", "fault_at": 150})
 gym.register("ReachInf-v0", Reach, max_episode_steps=50, kwargs={"fault": "reward", "fault_at": 150})
 gym.register("Unbounded-v0", Unbounded, max_episode_steps=50)
@@ -58,3 +59,23 @@ class Huge(Reach):
 
 
 gym.register("Huge-v0", Huge, max_episode_steps=50)
+
+
+class Float64(Reach):
+    action_space = gym.spaces.Box(np.array([-1.0, 0.5]), np.array([0.5, 2.0]), dtype=np.float64)
+
+    def step(self, action):
+        return super().step(action.astype(np.float64))
+
+
+class ResetNaN(Reach):
+    resets = 0
+
+    def reset(self, seed=None, options=None):
+        obs, info = super().reset(seed=seed, options=options)
+        self.resets += 1
+        return obs * (np.nan if self.resets == 5 and seed is None else 1), info
+
+
+gym.register("Float64-v0", Float64, max_episode_steps=50)
+gym.register("ResetNaN-v0", ResetNaN, max_episode_steps=50)
