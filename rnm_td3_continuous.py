@@ -1208,21 +1208,17 @@ KERNELS = r"""
 #include <stdatomic.h>
 #include <stdint.h>
 #include <string.h>
-#ifdef __AVX512F__
-enum { LANES = 64, TILES = 2 };  // of the batch in a tile; tiles at a time in grad_weight: as many as 32 registers hold
+#if defined(__AVX512F__)
+enum { W = 16, TILES = 2 };  // floats in a vector; tiles at a time in grad_weight: as many as the registers hold
+#elif defined(__AVX__)
+enum { W = 8, TILES = 1 };
 #else
-enum { LANES = 32, TILES = 1 };
+enum { W = 4, TILES = 1 };
 #endif
-enum { V = LANES / 16 };
+enum { V = 4, LANES = V * W };  // vectors and observations in a tile
 #define INLINE static inline __attribute__((always_inline))
-typedef float vec __attribute__((vector_size(64), may_alias));
-typedef float loose __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t bits __attribute__((vector_size(64)));
-#if defined(__clang__) || __GNUC__ >= 12
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (bits){__VA_ARGS__})
-#endif
+typedef float vec __attribute__((vector_size(4 * W), may_alias));
+typedef int32_t bits __attribute__((vector_size(4 * W)));
 static const vec zero;
 
 enum { FORWARD, BACK, GRAD };
@@ -1267,9 +1263,13 @@ INLINE void gather(const int transposed, const layer *l, int first, int count, c
         }
 }
 
-// Lane i of the result is the sum of all lanes of p[i]: cheaper than 16 horizontal sums.
-#define FOLD(s) for (int i = 0; i < 8 / s; i++) \
-    p[i] = SHUFFLE(p[2 * i], p[2 * i + 1], LOW_##s) + SHUFFLE(p[2 * i], p[2 * i + 1], HIGH_##s);
+// Lane sums of 16 vectors and transposes of 16 x 16 floats: the same four rounds of shuffles.
+#ifdef __AVX512F__
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (bits){__VA_ARGS__})
+#endif
 #define LOW_1 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30
 #define HIGH_1 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31
 #define LOW_2 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
@@ -1278,10 +1278,33 @@ INLINE void gather(const int transposed, const layer *l, int first, int count, c
 #define HIGH_4 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31
 #define LOW_8 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
 #define HIGH_8 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
-INLINE vec lane_sums(vec *p) {
+#define FOLD(s) for (int i = 0; i < 8 / s; i++) \
+        p[i] = SHUFFLE(p[2 * i], p[2 * i + 1], LOW_##s) + SHUFFLE(p[2 * i], p[2 * i + 1], HIGH_##s);
+#define SWAP(s) for (int i = 0; i < 16; i++) if (!(i & s)) { \
+        const vec low = SHUFFLE(p[i], p[i + s], LOW_##s); \
+        p[i + s] = SHUFFLE(p[i], p[i + s], HIGH_##s), p[i] = low; }
+INLINE void lane_sums(vec *p, float *sum) {
     FOLD(1) FOLD(2) FOLD(4) FOLD(8)
-    return p[0];
+    memcpy(sum, p, sizeof(vec));
 }
+static void transpose(const float *a, long a_stride, float *b, long b_stride) {
+    vec p[16];
+    for (int i = 0; i < 16; i++) memcpy(p + i, a + i * a_stride, sizeof(vec));
+    SWAP(1) SWAP(2) SWAP(4) SWAP(8)
+    for (int i = 0; i < 16; i++) memcpy(b + i * b_stride, p + i, sizeof(vec));
+}
+#else
+INLINE void lane_sums(vec *p, float *sum) {
+    for (int m = 0; m < 16; m++) {
+        sum[m] = 0;
+        for (int i = 0; i < W; i++) sum[m] += p[m][i];
+    }
+}
+static void transpose(const float *a, long a_stride, float *b, long b_stride) {
+    for (int i = 0; i < 16; i++)
+        for (int k = 0; k < 16; k++) b[k * b_stride + i] = a[i * a_stride + k];
+}
+#endif
 
 // dval[k] += sum over b of dy[r][b] x[idx[k]][b] and dbias[r] += sum over b of dy[r][b], b in `tiles` tiles.
 INLINE void grad_weight(const int tiles, const layer *l, long width, int r0, int r1, const float *dy, const float *x) {
@@ -1289,13 +1312,13 @@ INLINE void grad_weight(const int tiles, const layer *l, long width, int r0, int
     for (int j = 0; j < l->blocks[GRAD]; j++)
         for (int r = r0; r < r1; r++) {
             vec d[TILES * V], p[16];
+            float sum[16];
             for (int i = 0; i < tiles * V; i++) d[i] = ((const vec *)dy)[(i / V * width + r) * V + i % V];
             if (!j) {
                 vec s = d[0];
                 for (int i = 1; i < tiles * V; i++) s += d[i];
-                s += SHUFFLE(s, s, HIGH_8), s += SHUFFLE(s, s, HIGH_4);
-                s += SHUFFLE(s, s, HIGH_2), s += SHUFFLE(s, s, HIGH_1);
-                l->dbias[r] += s[0];
+                for (int i = 0; i < W / 2; i++) s[i] += s[i + W / 2];
+                for (int i = 0; i < W / 2; i++) l->dbias[r] += s[i];
             }
             for (int k = start[j * l->rows + r], end = stop[j * l->rows + r]; k < end; k += 16) {
                 const int n = end - k < 16 ? end - k : 16;
@@ -1307,22 +1330,12 @@ INLINE void grad_weight(const int tiles, const layer *l, long width, int r0, int
                     p[m] = a + b;
                 }
                 for (int m = n; m < 16; m++) p[m] = zero;
-                const vec sum = lane_sums(p);
+                lane_sums(p, sum);
                 for (int m = 0; m < n; m++) l->dval[k + m] += sum[m];
             }
         }
 }
 
-// 16 x 16 floats from a, rows a_stride apart, transposed to b.
-static void transpose(const float *a, long a_stride, float *b, long b_stride) {
-    vec p[16];
-    for (int i = 0; i < 16; i++) p[i] = *(const loose *)(a + i * a_stride);
-#define SWAP(s) for (int i = 0; i < 16; i++) if (!(i & s)) { \
-        const vec low = SHUFFLE(p[i], p[i + s], LOW_##s); \
-        p[i + s] = SHUFFLE(p[i], p[i + s], HIGH_##s), p[i] = low; }
-    SWAP(1) SWAP(2) SWAP(4) SWAP(8)
-    for (int i = 0; i < 16; i++) *(loose *)(b + i * b_stride) = p[i];
-}
 // Rows of the batch [batch][stride] to and from one tile [cols][LANES]; lanes past the batch are zero.
 static void pack(const float *src, long stride, int batch, int tile, int cols, float *dst) {
     const int n = batch - tile * LANES < LANES ? batch - tile * LANES : LANES;
@@ -1643,13 +1656,14 @@ def open_library(path: Path) -> ctypes.CDLL:
 
 
 def pick_kernel(args: Args) -> str:
-    """What --kernel means here: "nm" or "torch". auto: nm on a CPU with a C compiler, if n < m."""
+    """What --kernel means here: "nm" or "torch". auto: nm on a CPU with a C compiler, if n < m and if it is faster."""
     if args.kernel == "torch" or args.device != "cpu" or (args.kernel == "auto" and args.n == args.m):
         return "torch"
     try:
         library = load_kernels()
         library.room = library.nm_threads(args.threads)
-        return "nm"
+        slow = library.lanes < 32 and 4 * args.n > args.m  # without AVX 2:4 was 0.7x, 1:4 1.25x as fast as torch's dense
+        return "torch" if slow and args.kernel == "auto" else "nm"
     except OSError as error:
         if args.kernel == "nm":
             raise UserError(f"--kernel nm: {first_line(error)}") from None
