@@ -1662,7 +1662,7 @@ def pick_kernel(args: Args) -> str:
     try:
         library = load_kernels()
         library.room = library.nm_threads(args.threads)
-        slow = library.lanes < 32 and 4 * args.n > args.m  # without AVX 2:4 was 0.7x, 1:4 1.25x as fast as torch's dense
+        slow = library.lanes < 32 and 4 * args.n > args.m  # without AVX 2:4 was 0.7x, 1:4 1.25x dense
         return "torch" if slow and args.kernel == "auto" else "nm"
     except OSError as error:
         if args.kernel == "nm":
