@@ -459,6 +459,7 @@ def first_line(error: BaseException) -> str:
 
 def main() -> int:
     """Exit codes: 0 done, 1 fault, 2 bad input, 130 Ctrl-C, 143 SIGTERM."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     try:
         args = parse_args()
         if args.evaluate:
@@ -466,7 +467,7 @@ def main() -> int:
             return 0
         meta = read_meta(args.resume) if args.resume else {"exit_reason": None}
         if meta["exit_reason"] == "finished" and args.total_timesteps == meta["args"]["total_timesteps"]:
-            print(f"{args.resume} is finished (final score {meta['final_score']:.1f}), nothing to do")
+            print(f"{args.resume} is finished (final score {meta['final_score']}), nothing to do")
             return 0
         return {"sigint": 130, "sigterm": 143}.get(train(args)["exit_reason"], 0)
     except UserError as error:
@@ -627,7 +628,7 @@ def evaluate_run(args: "Args") -> None:
     folder, video = Path(args.evaluate), args.capture_video and can_render(args.env_id)
     actor = Actor(make_env(args.env_id), args.hidden_dim).to(args.device)  # plain nn.Linear layers
     try:
-        actor.load_state_dict(torch.load(folder / "model.pt", weights_only=True, map_location=args.device)["actor"])
+        actor.load_state_dict(read_torch(folder / "model.pt")["actor"])
     except Exception as error:
         raise UserError(f"{folder / 'model.pt'} is missing, damaged or foreign: {first_line(error)}") from None
     seeds = draw_seeds(make_generators(args.seed, args.device)["evaluation"], args.eval_episodes)
@@ -643,7 +644,7 @@ def can_render(env_id: str) -> bool:
     if sys.platform == "linux" and "DISPLAY" not in environ:
         environ.setdefault("MUJOCO_GL", "egl")
     code = f"import gymnasium, moviepy; e = gymnasium.make({env_id!r}, render_mode='rgb_array'); e.reset(); e.render()"
-    trial = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=300)
+    trial = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True)
     if trial.returncode == 0:
         os.environ.update(environ)  # mujoco reads it when it is imported
     else:
@@ -681,7 +682,7 @@ class Run:
             (self.dir / "replay").mkdir()
             self.meta = {"script": Path(__file__).name, "run_name": self.dir.name, "start": utc_now()}
             self.meta["wandb_id"] = f"{self.dir.name}-{os.urandom(2).hex()}"  # names are unique in a folder only
-        self.csv = open_metrics(self.dir / "metrics.csv", metrics, self.last_checkpoint)
+        self.csv = open_metrics(self.dir / "metrics.csv", metrics, progress.get("csv_bytes", 0))
         self.writer = csv.DictWriter(self.csv, metrics, lineterminator="\n")  # a key that is not in `metrics` raises
         self.meta |= facts | {"args": vars(args) | {"resume": None}, "end": None, "exit_reason": "running"}
         self.meta |= {"final_score": None}
@@ -695,27 +696,26 @@ class Run:
     def __enter__(self) -> "Run":
         self.handlers = {}
         if threading.current_thread() is threading.main_thread():
-            signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-            self.handlers = {number: signal.signal(number, self.stop) for number in signals}
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays nohup
+                    self.handlers[number] = signal.signal(number, self.stop)
         self.say(f"{self.dir}: {f'resumed at step {self.last_checkpoint}' if self.args.resume else 'started'}")
         return self
 
     def stop(self, number: int, _frame) -> None:
-        if self.stop_signal:
+        if self.stop_signal and number != signal.SIGHUP:
             os._exit(128 + number)
         self.stop_signal = "sigint" if number == signal.SIGINT else "sigterm"
-        os.write(2, b"\nstopping at the end of this episode; once more to leave at once\n")
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(2, b"\nstopping at the end of this episode; once more to leave at once\n")
 
     def __exit__(self, kind, error, _traceback) -> None:
         self.restore_signals()
         self.bar.close()
-        last = f"no checkpoint yet in {self.dir}"
-        if self.last_checkpoint is not None:
-            last = f"last checkpoint: {self.dir / 'checkpoint.pt'}, step {self.last_checkpoint} (--resume {self.dir})"
-        if self.meta["exit_reason"] == "running":
+        stopped = self.meta["exit_reason"] == "running"
+        if stopped:
             reasons = {None: self.stop_signal, NonFiniteError: "nan"}
             self.meta["exit_reason"] = reasons.get(kind, "error")
-            print(f"stopped by {self.meta['exit_reason']}; {last}", file=sys.stderr if kind else sys.stdout)
         self.meta["end"] = utc_now()
         with contextlib.suppress(OSError):  # on a full disk the first error is the one to report
             self.write_meta()
@@ -723,6 +723,12 @@ class Run:
             self.csv.close()
         if self.wandb:
             self.attempt("upload to W&B", self.finish_wandb)
+        if stopped:
+            last = f"last checkpoint: {self.dir}/checkpoint.pt, step {self.last_checkpoint} (--resume {self.dir})"
+            last = "no checkpoint yet" if self.last_checkpoint is None else last
+            with contextlib.suppress(OSError):
+                stream = sys.stderr if kind else sys.stdout
+                print(f"stopped by {self.meta['exit_reason']}; {last}", file=stream, flush=True)
 
     def restore_signals(self) -> None:
         for number, handler in self.handlers.items():
@@ -734,9 +740,11 @@ class Run:
             action()
         except Exception as error:
             self.say(f"warning: no {what}: {first_line(error)}")
+            self.wandb = self.wandb if "W&B" not in what else None
 
     def say(self, message: str) -> None:
-        print(message, flush=True) if self.bar.disable else self.bar.write(message)
+        with contextlib.suppress(OSError):  # whoever reads this may be gone; the run goes on
+            print(message, flush=True) if self.bar.disable else self.bar.write(message)
 
     def write_meta(self) -> None:
         text = json.dumps(self.meta, indent=2) + "\n"
@@ -763,7 +771,7 @@ class Run:
         self.writer.writerow(row)
         self.csv.flush()
         if self.wandb:
-            self.wandb.log(row)
+            self.attempt("more rows to W&B, this one is the last", lambda: self.wandb.log(row))
         if "eval/episodic_return" in row:
             result = f"eval {row['eval/episodic_return']:.1f} ± {row['eval/episodic_return_std']:.1f}"
             self.bar.set_postfix_str(result)
@@ -825,28 +833,23 @@ def new_run_dir(args: "Args") -> Path:
         raise UserError(f"--runs-dir {args.runs_dir} can't be written: {first_line(error)}") from None
 
 
-def open_metrics(path: Path, metrics: list[str], last_step: int | None):
-    """metrics.csv for appending, locked against a second process; of a resumed run cut back to rows up to last_step."""
+def open_metrics(path: Path, metrics: list[str], size: int):
+    """metrics.csv for appending, locked against a second process; of a resumed run its first `size` bytes are kept."""
+    header = (",".join(metrics) + "\n").encode()
     try:
-        file = open(path, "r+b" if last_step is not None else "x+b")
+        file = open(path, "r+b" if size else "x+b")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except OSError as error:
         raise UserError(f"{path.parent} is being written by another process ({first_line(error)})") from None
-    header, lines = (",".join(metrics) + "\n").encode(), file.readlines()
-    if last_step is not None and lines[:1] != [header]:
-        raise UserError(f"{path} is damaged or was written by another version of this script")
-    size = len(header)
-    for line in lines[1:]:
-        step = line.split(b",")[0]
-        if not (line.endswith(b"\n") and step.isdigit() and int(step) <= last_step):
-            break
-        size += len(line)
-    file.seek(0)
-    file.write(header)
-    file.truncate(size)
-    file.seek(size)
+    if size:
+        kept = file.read(size)
+        if len(kept) < size or not kept.startswith(header) or not kept.endswith(b"\n"):
+            raise UserError(f"{path} is damaged or was written by another version of this script")
+        file.truncate(size)
+    else:
+        file.write(header)
     return io.TextIOWrapper(file, newline="", write_through=True)
 
 
@@ -874,6 +877,7 @@ def start_wandb(args: "Args", meta: dict):
         try:
             run = wandb.init(**options)
         except Exception:
+            print("warning: going on without W&B", file=sys.stderr)
             return None
     if run.disabled:
         return None
@@ -903,14 +907,21 @@ def write_torch(path: Path, content: dict) -> None:
     write_atomic(path, lambda file: file.write(buffer.getbuffer()))
 
 
+def read_torch(path: Path) -> dict:
+    if (broken := zipfile.ZipFile(path).testzip()) is not None:  # torch.load does not look at checksums
+        raise ValueError(f"{broken} is not what was written")
+    return torch.load(path, weights_only=True, map_location="cpu")
+
+
 def save_checkpoint(run: Run, progress: dict, agent: "Agent", rb: ReplayBuffer, rng: dict, env: gym.Env, model) -> None:
     """All that a resume needs at an episode's end: tensors and plain values, so that it loads with weights_only."""
+    run.csv.flush()
     os.fsync(run.csv.fileno())
     rb.save(run.dir / "replay")
     write_torch(run.dir / "model.pt", model)
     content = {
         "args": vars(run.args),
-        "progress": progress,
+        "progress": progress | {"csv_bytes": os.fstat(run.csv.fileno()).st_size},
         "agent": {name: part.state_dict() for name, part in vars(agent).items() if hasattr(part, "state_dict")},
         "rng": {name: generator.get_state() for name, generator in rng.items()},
         "env_rng": env.unwrapped.np_random.bit_generator.state,
@@ -930,9 +941,7 @@ def load_checkpoint(args: "Args", agent: "Agent", rb: ReplayBuffer, rng: dict, e
     if not (path.parent / "replay").is_dir():
         raise UserError(f"{args.resume} was finished without --keep-replay: its replay data is gone, it can't go on")
     try:
-        if (broken := zipfile.ZipFile(path).testzip()) is not None:  # torch.load does not look at checksums
-            raise ValueError(f"{broken} is not what was written")
-        content = torch.load(path, weights_only=True, map_location="cpu")
+        content = read_torch(path)
         for name, value in content["args"].items():
             if value != getattr(args, name) and name not in MAY_CHANGE.split():
                 raise ValueError(f"it was written with {flag(name)} {value}")

@@ -40,6 +40,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import shutil
 import signal
 import statistics
@@ -603,6 +604,7 @@ def first_line(error: BaseException) -> str:
 
 def main() -> int:
     """Exit codes: 0 done, 1 fault, 2 bad input, 130 Ctrl-C, 143 SIGTERM."""
+    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))
     try:
         args = parse_args()
         if args.evaluate:
@@ -610,7 +612,7 @@ def main() -> int:
             return 0
         meta = read_meta(args.resume) if args.resume else {"exit_reason": None}
         if meta["exit_reason"] == "finished" and args.total_timesteps == meta["args"]["total_timesteps"]:
-            print(f"{args.resume} is finished (final score {meta['final_score']:.1f}), nothing to do")
+            print(f"{args.resume} is finished (final score {meta['final_score']}), nothing to do")
             return 0
         return {"sigint": 130, "sigterm": 143}.get(train(args)["exit_reason"], 0)
     except UserError as error:
@@ -771,7 +773,7 @@ def evaluate_run(args: "Args") -> None:
     folder, video = Path(args.evaluate), args.capture_video and can_render(args.env_id)
     actor = Actor(make_env(args.env_id), args.hidden_dim).to(args.device)  # plain nn.Linear layers
     try:
-        actor.load_state_dict(torch.load(folder / "model.pt", weights_only=True, map_location=args.device)["actor"])
+        actor.load_state_dict(read_torch(folder / "model.pt")["actor"])
     except Exception as error:
         raise UserError(f"{folder / 'model.pt'} is missing, damaged or foreign: {first_line(error)}") from None
     seeds = draw_seeds(make_generators(args.seed, args.device)["evaluation"], args.eval_episodes)
@@ -787,7 +789,7 @@ def can_render(env_id: str) -> bool:
     if sys.platform == "linux" and "DISPLAY" not in environ:
         environ.setdefault("MUJOCO_GL", "egl")
     code = f"import gymnasium, moviepy; e = gymnasium.make({env_id!r}, render_mode='rgb_array'); e.reset(); e.render()"
-    trial = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True, timeout=300)
+    trial = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True)
     if trial.returncode == 0:
         os.environ.update(environ)  # mujoco reads it when it is imported
     else:
@@ -825,7 +827,7 @@ class Run:
             (self.dir / "replay").mkdir()
             self.meta = {"script": Path(__file__).name, "run_name": self.dir.name, "start": utc_now()}
             self.meta["wandb_id"] = f"{self.dir.name}-{os.urandom(2).hex()}"  # names are unique in a folder only
-        self.csv = open_metrics(self.dir / "metrics.csv", metrics, self.last_checkpoint)
+        self.csv = open_metrics(self.dir / "metrics.csv", metrics, progress.get("csv_bytes", 0))
         self.writer = csv.DictWriter(self.csv, metrics, lineterminator="\n")  # a key that is not in `metrics` raises
         self.meta |= facts | {"args": vars(args) | {"resume": None}, "end": None, "exit_reason": "running"}
         self.meta |= {"final_score": None}
@@ -839,27 +841,26 @@ class Run:
     def __enter__(self) -> "Run":
         self.handlers = {}
         if threading.current_thread() is threading.main_thread():
-            signals = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-            self.handlers = {number: signal.signal(number, self.stop) for number in signals}
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+                if signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays nohup
+                    self.handlers[number] = signal.signal(number, self.stop)
         self.say(f"{self.dir}: {f'resumed at step {self.last_checkpoint}' if self.args.resume else 'started'}")
         return self
 
     def stop(self, number: int, _frame) -> None:
-        if self.stop_signal:
+        if self.stop_signal and number != signal.SIGHUP:
             os._exit(128 + number)
         self.stop_signal = "sigint" if number == signal.SIGINT else "sigterm"
-        os.write(2, b"\nstopping at the end of this episode; once more to leave at once\n")
+        with contextlib.suppress(OSError):  # the terminal may be gone
+            os.write(2, b"\nstopping at the end of this episode; once more to leave at once\n")
 
     def __exit__(self, kind, error, _traceback) -> None:
         self.restore_signals()
         self.bar.close()
-        last = f"no checkpoint yet in {self.dir}"
-        if self.last_checkpoint is not None:
-            last = f"last checkpoint: {self.dir / 'checkpoint.pt'}, step {self.last_checkpoint} (--resume {self.dir})"
-        if self.meta["exit_reason"] == "running":
+        stopped = self.meta["exit_reason"] == "running"
+        if stopped:
             reasons = {None: self.stop_signal, NonFiniteError: "nan"}
             self.meta["exit_reason"] = reasons.get(kind, "error")
-            print(f"stopped by {self.meta['exit_reason']}; {last}", file=sys.stderr if kind else sys.stdout)
         self.meta["end"] = utc_now()
         with contextlib.suppress(OSError):  # on a full disk the first error is the one to report
             self.write_meta()
@@ -867,6 +868,12 @@ class Run:
             self.csv.close()
         if self.wandb:
             self.attempt("upload to W&B", self.finish_wandb)
+        if stopped:
+            last = f"last checkpoint: {self.dir}/checkpoint.pt, step {self.last_checkpoint} (--resume {self.dir})"
+            last = "no checkpoint yet" if self.last_checkpoint is None else last
+            with contextlib.suppress(OSError):
+                stream = sys.stderr if kind else sys.stdout
+                print(f"stopped by {self.meta['exit_reason']}; {last}", file=stream, flush=True)
 
     def restore_signals(self) -> None:
         for number, handler in self.handlers.items():
@@ -878,9 +885,11 @@ class Run:
             action()
         except Exception as error:
             self.say(f"warning: no {what}: {first_line(error)}")
+            self.wandb = self.wandb if "W&B" not in what else None
 
     def say(self, message: str) -> None:
-        print(message, flush=True) if self.bar.disable else self.bar.write(message)
+        with contextlib.suppress(OSError):  # whoever reads this may be gone; the run goes on
+            print(message, flush=True) if self.bar.disable else self.bar.write(message)
 
     def write_meta(self) -> None:
         text = json.dumps(self.meta, indent=2) + "\n"
@@ -907,7 +916,7 @@ class Run:
         self.writer.writerow(row)
         self.csv.flush()
         if self.wandb:
-            self.wandb.log(row)
+            self.attempt("more rows to W&B, this one is the last", lambda: self.wandb.log(row))
         if "eval/episodic_return" in row:
             result = f"eval {row['eval/episodic_return']:.1f} ± {row['eval/episodic_return_std']:.1f}"
             self.bar.set_postfix_str(result)
@@ -969,28 +978,23 @@ def new_run_dir(args: "Args") -> Path:
         raise UserError(f"--runs-dir {args.runs_dir} can't be written: {first_line(error)}") from None
 
 
-def open_metrics(path: Path, metrics: list[str], last_step: int | None):
-    """metrics.csv for appending, locked against a second process; of a resumed run cut back to rows up to last_step."""
+def open_metrics(path: Path, metrics: list[str], size: int):
+    """metrics.csv for appending, locked against a second process; of a resumed run its first `size` bytes are kept."""
+    header = (",".join(metrics) + "\n").encode()
     try:
-        file = open(path, "r+b" if last_step is not None else "x+b")
+        file = open(path, "r+b" if size else "x+b")
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except FileNotFoundError:
         raise UserError(f"{path} is missing") from None
     except OSError as error:
         raise UserError(f"{path.parent} is being written by another process ({first_line(error)})") from None
-    header, lines = (",".join(metrics) + "\n").encode(), file.readlines()
-    if last_step is not None and lines[:1] != [header]:
-        raise UserError(f"{path} is damaged or was written by another version of this script")
-    size = len(header)
-    for line in lines[1:]:
-        step = line.split(b",")[0]
-        if not (line.endswith(b"\n") and step.isdigit() and int(step) <= last_step):
-            break
-        size += len(line)
-    file.seek(0)
-    file.write(header)
-    file.truncate(size)
-    file.seek(size)
+    if size:
+        kept = file.read(size)
+        if len(kept) < size or not kept.startswith(header) or not kept.endswith(b"\n"):
+            raise UserError(f"{path} is damaged or was written by another version of this script")
+        file.truncate(size)
+    else:
+        file.write(header)
     return io.TextIOWrapper(file, newline="", write_through=True)
 
 
@@ -1018,6 +1022,7 @@ def start_wandb(args: "Args", meta: dict):
         try:
             run = wandb.init(**options)
         except Exception:
+            print("warning: going on without W&B", file=sys.stderr)
             return None
     if run.disabled:
         return None
@@ -1047,14 +1052,21 @@ def write_torch(path: Path, content: dict) -> None:
     write_atomic(path, lambda file: file.write(buffer.getbuffer()))
 
 
+def read_torch(path: Path) -> dict:
+    if (broken := zipfile.ZipFile(path).testzip()) is not None:  # torch.load does not look at checksums
+        raise ValueError(f"{broken} is not what was written")
+    return torch.load(path, weights_only=True, map_location="cpu")
+
+
 def save_checkpoint(run: Run, progress: dict, agent: "Agent", rb: ReplayBuffer, rng: dict, env: gym.Env, model) -> None:
     """All that a resume needs at an episode's end: tensors and plain values, so that it loads with weights_only."""
+    run.csv.flush()
     os.fsync(run.csv.fileno())
     rb.save(run.dir / "replay")
     write_torch(run.dir / "model.pt", model)
     content = {
         "args": vars(run.args),
-        "progress": progress,
+        "progress": progress | {"csv_bytes": os.fstat(run.csv.fileno()).st_size},
         "agent": {name: part.state_dict() for name, part in vars(agent).items() if hasattr(part, "state_dict")},
         "rng": {name: generator.get_state() for name, generator in rng.items()},
         "env_rng": env.unwrapped.np_random.bit_generator.state,
@@ -1074,9 +1086,7 @@ def load_checkpoint(args: "Args", agent: "Agent", rb: ReplayBuffer, rng: dict, e
     if not (path.parent / "replay").is_dir():
         raise UserError(f"{args.resume} was finished without --keep-replay: its replay data is gone, it can't go on")
     try:
-        if (broken := zipfile.ZipFile(path).testzip()) is not None:  # torch.load does not look at checksums
-            raise ValueError(f"{broken} is not what was written")
-        content = torch.load(path, weights_only=True, map_location="cpu")
+        content = read_torch(path)
         for name, value in content["args"].items():
             if value != getattr(args, name) and name not in MAY_CHANGE.split():
                 raise ValueError(f"it was written with {flag(name)} {value}")
@@ -1440,20 +1450,24 @@ static void single(const call *c) {
     }
 }
 
-// Threads that wait for work: they spin for a moment, then sleep.
+// Threads that wait for work: they spin for a moment, then sleep. ticket is serial * 65536 + threads wanted.
 static struct {
-    pthread_mutex_t lock; pthread_cond_t wake; atomic_int ticket, done; int made, wanted; task *run; const call *c;
-} pool = {.lock = PTHREAD_MUTEX_INITIALIZER, .wake = PTHREAD_COND_INITIALIZER, .made = 1, .wanted = 1};
+    pthread_mutex_t busy, lock; pthread_cond_t wake; atomic_ullong ticket; atomic_int ready, done; int wanted;
+    task *run; const call *c;
+} pool = {PTHREAD_MUTEX_INITIALIZER, PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, 0, 1, 0, 1, 0, 0};
 static void *worker(void *number) {
-    for (int seen = 0, spins = 0;; spins++) {
+    unsigned long long seen = pool.ticket;
+    pool.ready++;
+    for (int spins = 0;; spins++) {
         if (spins > 20000) {
             pthread_mutex_lock(&pool.lock);
             while (pool.ticket == seen) pthread_cond_wait(&pool.wake, &pool.lock);
             pthread_mutex_unlock(&pool.lock);
         }
-        if (pool.ticket == seen) continue;
-        seen = pool.ticket, spins = 0;
-        if ((intptr_t)number < pool.wanted) pool.run(pool.c, (intptr_t)number, pool.wanted), pool.done++;
+        const unsigned long long now = pool.ticket;
+        if (now == seen) continue;
+        seen = now, spins = 0;
+        if ((intptr_t)number < (int)(now & 65535)) pool.run(pool.c, (intptr_t)number, now & 65535), pool.done++;
     }
     return 0;
 }
@@ -1461,31 +1475,45 @@ static void split(task *run, const call *c) {
     if (pool.wanted == 1) { run(c, 0, 1); return; }
     pool.run = run, pool.c = c, pool.done = 0;
     pthread_mutex_lock(&pool.lock);
-    pool.ticket++;
+    pool.ticket = ((pool.ticket >> 16) + 1) << 16 | pool.wanted;
     pthread_cond_broadcast(&pool.wake);
     pthread_mutex_unlock(&pool.lock);
     run(c, 0, pool.wanted);
     for (int spins = 0; pool.done < pool.wanted - 1; spins++) if (spins > 20000) sched_yield();
 }
-int nm_threads(int wanted) {  // returns the tiles that dacts must have room for
+static void forked(void) {  // a child process has none of the threads
+    pthread_mutex_init(&pool.busy, 0), pthread_mutex_init(&pool.lock, 0), pthread_cond_init(&pool.wake, 0);
+    pool.ready = pool.wanted = 1;
+}
+int nm_threads(int wanted) {  // returns the tiles that acts without record and dacts must have room for
     pthread_t thread;
-    for (; pool.made < wanted; pool.made++)
-        if (pthread_create(&thread, 0, worker, (void *)(intptr_t)pool.made)) break;
-    pool.wanted = wanted < pool.made ? wanted : pool.made;
-    return (pool.wanted + TILES - 1) / TILES * TILES;
+    pthread_mutex_lock(&pool.busy);
+    if (pool.ready == 1 && wanted > 1) pthread_atfork(0, 0, forked);
+    for (int made = pool.ready; made < wanted; made++) {
+        if (pthread_create(&thread, 0, worker, (void *)(intptr_t)made)) break;
+        while (pool.ready == made) sched_yield();
+    }
+    pool.wanted = wanted < pool.ready ? wanted : pool.ready;
+    const int room = (wanted + TILES - 1) / TILES * TILES;
+    pthread_mutex_unlock(&pool.busy);
+    return room;
 }
 int nm_lanes(void) { return LANES; }
 void nm_forward(const call *c) {
-    if (c->batch == 1 && !c->record) single(c);
-    else split(forward, c);
+    if (c->batch == 1 && !c->record) { single(c); return; }
+    pthread_mutex_lock(&pool.busy);
+    split(forward, c);
+    pthread_mutex_unlock(&pool.busy);
 }
 void nm_backward(call *c) {
+    pthread_mutex_lock(&pool.busy);
     const int chunk = (pool.wanted + TILES - 1) / TILES * TILES;
     for (c->first = 0; c->first < c->tiles; c->first += chunk) {
         c->count = c->tiles - c->first < chunk ? c->tiles - c->first : chunk;
         split(backward_inputs, c);
         if (c->weights) split(backward_weights, c);
     }
+    pthread_mutex_unlock(&pool.busy);
 }
 
 // Fill ends[which] from idx; for BACK also tidx and tpos, by counting sort.
@@ -1535,10 +1563,12 @@ class Plan:
     def __init__(self, net: nn.Module):
         self.modules, self.memory, self.lib = list(net.children()), [], load_kernels()
         self.indices = [layer.index for layer in nm_layers(net).values()]
-        self.versions = [index._version for index in self.indices]
+        self.state = index_state(self.modules)
         self.layers = (Layer * len(self.modules))()
         for layer, module in zip(self.layers, self.modules, strict=True):
             layer.rows, layer.cols = module.bias.shape[0], module.in_features
+            if layer.cols > 65_536:
+                raise ValueError("the N:M kernels take layers of up to 65,536 inputs: use --kernel torch")
             index = getattr(module, "index", torch.arange(layer.cols).expand(layer.rows, -1))  # a dense layer keeps all
             layer.kept = index.shape[1]
             layer.idx = self.hold(index.to(torch.uint16).contiguous())
@@ -1608,13 +1638,24 @@ class KernelMLP(torch.autograd.Function):
         return None, None, *grads, *(parts if weights else [None] * len(parameters))
 
 
+def index_state(modules: list[nn.Module]) -> list[tuple[int, int]]:
+    """Changes whenever the index of an N:M layer does."""
+    indices = [module._buffers["index"] for module in modules if "index" in module._buffers]
+    return [(id(index), index._version) for index in indices]
+
+
 def nm_mlp(net: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
     """mlp() by the kernels, a whole pass per call: inputs [B, ...] (one or two, float32, CPU) -> [B, out]."""
     plan = net.plan
-    if plan is None or plan.versions != [index._version for index in plan.indices]:
+    if plan is None or plan.state != index_state(plan.modules):
         plan = net.plan = Plan(net)
     inputs = [x if x.stride(1) == 1 else x.contiguous() for x in inputs]
     parameters = [p for module in plan.modules for p in module._parameters.values()]
+    batch, widths = {x.shape[0] for x in inputs}, sum(x.shape[1] for x in inputs)
+    floats = all(x.dtype == torch.float32 and not x.is_cuda for x in (*inputs, *parameters))
+    if not floats or len(batch) > 1 or widths != plan.layers[0].cols:
+        shapes = [(tuple(x.shape), x.dtype) for x in inputs]
+        raise ValueError(f"the N:M kernels take float32 [B, {plan.layers[0].cols}] in all on the CPU, not {shapes}")
     if torch.is_grad_enabled():
         return KernelMLP.apply(plan, len(inputs), *inputs, *parameters)
     return plan.forward(inputs, parameters, record=False)[0]
@@ -1627,22 +1668,22 @@ def load_kernels() -> ctypes.CDLL:
     The file's name is a hash of source, flags and what the compiler says of itself and of this CPU. It is written
     elsewhere and moved into place, so that many processes may do so at once and a killed one leaves nothing half done.
     """
-    compiler = os.environ.get("CC", "cc")
+    compiler = shlex.split(os.environ.get("CC") or "cc")
     for native in ("-march=native", "-mcpu=native", "-O3"):
-        probe = subprocess.run([compiler, native, "-dM", "-E", "-x", "c", os.devnull], capture_output=True)
+        probe = subprocess.run([*compiler, native, "-dM", "-E", "-x", "c", os.devnull], capture_output=True)
         if probe.returncode == 0:
             break
     flags = ["-O3", native, "-shared", "-fPIC", "-pthread"]
     key = hashlib.sha256(repr((KERNELS, compiler, flags, probe.stdout)).encode()).hexdigest()[:24]
-    path = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nm-sparse-rl" / f"{key}.so"
+    path = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "nm-sparse-rl" / f"{key}.so"
     with contextlib.suppress(OSError):
         return open_library(path)
     with tempfile.TemporaryDirectory() as scratch:
         built = Path(scratch) / "kernels.so"
-        command = [compiler, *flags, "-x", "c", "-", "-o", built]
+        command = [*compiler, *flags, "-x", "c", "-", "-o", built]
         run = subprocess.run(command, input=KERNELS.encode(), capture_output=True)
         if run.returncode:
-            raise OSError(f"{compiler} failed: {first_line(Exception(run.stderr.decode()))}")
+            raise OSError(f"{compiler[0]} failed: {first_line(Exception(run.stderr.decode()))}")
         with contextlib.suppress(OSError):  # a cache that can't be written: compile at each start
             path.parent.mkdir(parents=True, exist_ok=True)
             write_atomic(path, lambda file: file.write(built.read_bytes()))

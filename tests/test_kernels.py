@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import SMALL
+from conftest import ROOT, SMALL
 
 pytestmark = pytest.mark.skipif(not shutil.which(os.environ.get("CC", "cc")), reason="no C compiler")
 
@@ -158,13 +158,63 @@ def test_new_masks_and_copies_are_seen(rnm):
 def test_nan_comes_through(rnm):
     net = nm_net(rnm, (10, 64, 64, 1), 1, 4)
     x = torch.randn(70, 10)
-    x[5, 3] = torch.nan
+    x[5, int(net.fc1.index[3, 0])] = torch.nan
+    x.grad = None
     with torch.no_grad():
-        net.fc1.bias[3] = 1.0
-        net.fc1.values[3, 0] = 1.0
+        net.fc1.bias[3] = 100.0  # the unit is on
+        y, wanted = rnm.mlp(net, x), reference(net, (x,), torch.float32)[0]
+    assert wanted[5].isnan().all() and torch.equal(y.isnan(), wanted.isnan())
+
+
+def test_wrong_inputs_are_refused(rnm):
+    net = nm_net(rnm, (10, 64, 64, 1), 1, 4)
+    for inputs in (
+        [torch.randn(70, 10).double()], [torch.randn(70, 9)], [torch.randn(70, 11)],
+        [torch.zeros(70, 10, dtype=torch.long)], [torch.randn(70, 7), torch.randn(5, 3)],
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="N:M kernels take float32"):
+            rnm.mlp(net, *inputs)
+    with pytest.raises(ValueError, match="N:M kernels take float32"):
+        rnm.mlp(net.double(), torch.randn(70, 10))
+
+
+def test_replaced_buffers_are_seen(rnm):
+    net, other = nm_net(rnm, (10, 64, 64, 1), 1, 4), nm_net(rnm, (10, 64, 64, 1), 1, 4, seed=1)
+    x = torch.randn(70, 10)
+    rnm.mlp(net, x)
+    net.load_state_dict(other.state_dict(), assign=True)
+    assert close(rnm.mlp(net, x), reference(other, (x,), torch.float64)[0])
+
+
+THREADS = """
+import os, sys, threading, torch
+sys.path.insert(0, "tests")
+import rnm_td3_continuous as rnm
+from test_kernels import nm_net
+x = torch.randn(300, 23)
+for threads in (2, 3, 5, 8, 4, 9, 1, 2):
+    net = nm_net(rnm, (23, 64, 64, 1), 1, 8, threads=threads)
+    for _ in range(30):
         y = rnm.mlp(net, x)
-    assert y.isnan().any() == reference(net, (x,), torch.float32)[0].isnan().any()
-    assert y[:5].isfinite().all()
+        y.sum().backward()
+nets = [nm_net(rnm, (23, 64, 64, 1), 1, 8, threads=2) for _ in range(2)]
+def work(net):
+    for _ in range(200):
+        assert torch.equal(rnm.mlp(net, x), y)
+crowd = [threading.Thread(target=work, args=(net,)) for net in nets]
+[thread.start() for thread in crowd]
+[thread.join() for thread in crowd]
+child = os.fork()
+if child == 0:
+    os._exit(0 if torch.equal(rnm.mlp(nets[0], x), y) else 1)
+assert os.waitpid(child, 0)[1] == 0
+print("well")
+"""
+
+
+def test_changing_threads_python_threads_and_fork():
+    done = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout == "well\n", done.stderr
 
 
 def test_as_near_to_torch_as_one_ulp(rnm):
@@ -234,7 +284,7 @@ def test_compile_cache_under_attack(tmp_path):
 def test_without_a_compiler(rnm, cli, monkeypatch, tmp_path):
     rnm.load_kernels.cache_clear()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    for broken in ("/nowhere/cc", "false"):
+    for broken in ("/nowhere/cc", "false -m64"):
         monkeypatch.setenv("CC", broken)
         code, out, err = cli(rnm, "--no-track", "--total-timesteps", 150)
         assert code == 0 and "finished" in out

@@ -1,5 +1,6 @@
 """What the project promises about itself: shared blocks, the diff, the README."""
 
+import ast
 import dataclasses
 import difflib
 import re
@@ -95,5 +96,7 @@ def test_readme_snippet_acts(rnm, small):
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda p: p.name)
-def test_length(path):
-    assert len(path.read_text().splitlines()) < 1700
+def test_functions_fit_a_screen(path):
+    functions = [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.FunctionDef)]
+    assert len(functions) > 5
+    assert not [f.name for f in functions if f.end_lineno - f.lineno >= 60 and f.name != "train"]

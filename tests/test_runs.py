@@ -4,6 +4,7 @@ import csv
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -84,7 +85,8 @@ def test_a_run_leaves_the_contract_behind(rnm, small):
     assert walls == sorted(walls)
 
     meta = read_meta(run)
-    assert meta["args"]["env_id"] == "Reach-v0" and (meta["n"], meta["m"], meta["kernel"]) == (1, 4, "nm")
+    assert meta["args"]["env_id"] == "Reach-v0" and (meta["n"], meta["m"]) == (1, 4)
+    assert meta["kernel"] == ("nm" if shutil.which(os.environ.get("CC", "cc")) else "torch")
     assert set(meta["versions"]) == {"python", "torch", "gymnasium", "mujoco", "numpy", "wandb"}
     assert meta["exit_reason"] == "finished" and meta["start"] <= meta["end"]
     assert len(meta["commit"] or "-" * 40) == 40 and meta["hardware"]
@@ -272,6 +274,26 @@ def test_wandb_never_costs_a_run(dense, cli, monkeypatch, tmp_path, mode):
         assert ("W&B is offline" in out) == (mode != "disabled")
 
 
+def test_lost_streams_and_a_lost_wandb_do_not_stop_a_run(dense, cli, monkeypatch, tmp_path):
+    class Gone:
+        dir, disabled, offline = str(tmp_path), False, True
+
+        def log(self, _):
+            raise ConnectionError("connection lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dense, "start_wandb", lambda *_: Gone())
+        code, out, _ = cli(dense)
+        assert code == 0 and "finished" in out and out.count("connection lost") == 1
+    flags = [f"--{k.replace('_', '-')}={v}" for k, v in SMALL.items() if k != "track"]
+    command = [sys.executable, dense.__file__, *flags, "--no-track", "--env-id", "toy_envs:Reach-v0"]
+    for shell in ('"$@" | head -1', '"$@" >&- 2>&-'):
+        bash = ["bash", "-c", shell, "-", *command, "--runs-dir", tmp_path / "lost"]
+        subprocess.run(bash, check=True, capture_output=True)
+    reasons = [read_meta(run)["exit_reason"] for run in (tmp_path / "lost").iterdir()]
+    assert reasons == ["finished", "finished"]
+
+
 def test_resume_after_kill_drops_the_rows_past_the_checkpoint(rnm, small, tmp_path):
     """A ring smaller than the run, several checkpoints, kill -9 in the middle of training."""
     flags = {"n": 1, "m": 4, "mask_update_interval": 30, "buffer_size": 220, "checkpoint_interval": 150}
@@ -384,12 +406,15 @@ def test_bad_resumes_are_refused_by_name(rnm, dense, small, cli, monkeypatch, tm
     part.unlink()
     assert f"{part.name} is missing" in refused("--resume", run)
     part.write_bytes(rows_file)
-    with rnm.open_metrics(run / "metrics.csv", list(csv_header(run)), 10**9):
+    with rnm.open_metrics(run / "metrics.csv", csv_header(run), (run / "metrics.csv").stat().st_size):
         assert "another process" in refused("--resume", run)
     table = (run / "metrics.csv").read_bytes()
     (run / "metrics.csv").unlink()
     code, _, err = cli(rnm, "--resume", run, small=False)
     assert code == 2 and "metrics.csv is missing" in err
+    (run / "metrics.csv").write_bytes(table[:-30])
+    code, _, err = cli(rnm, "--resume", run, small=False)
+    assert code == 2 and "metrics.csv is damaged" in err
     (run / "metrics.csv").write_bytes(table + b"\0" * 100)  # as a power cut may leave it
     meta = (run / "meta.json").read_text()
     (run / "meta.json").write_text(meta[:100])
