@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import ROOT, SMALL
+from conftest import ROOT
 
 pytestmark = pytest.mark.skipif(not shutil.which(os.environ.get("CC", "cc")), reason="no C compiler")
 
@@ -159,7 +159,6 @@ def test_nan_comes_through(rnm):
     net = nm_net(rnm, (10, 64, 64, 1), 1, 4)
     x = torch.randn(70, 10)
     x[5, int(net.fc1.index[3, 0])] = torch.nan
-    x.grad = None
     with torch.no_grad():
         net.fc1.bias[3] = 100.0  # the unit is on
         y, wanted = rnm.mlp(net, x), reference(net, (x,), torch.float32)[0]
@@ -294,6 +293,7 @@ def test_without_a_compiler(rnm, cli, monkeypatch, tmp_path):
     rnm.load_kernels.cache_clear()
 
 
-def test_kernels_train_resume_and_report(rnm, small):
-    run = rnm.train(small(rnm, n=1, m=4, kernel="nm", threads=2, **{k: SMALL[k] for k in ("hidden_dim",)}))
-    assert run["exit_reason"] == "finished"
+def test_training_with_two_threads_is_training_with_one(rnm, small):
+    runs = [rnm.train(small(rnm, n=1, m=4, kernel="nm", threads=threads)) for threads in (1, 2)]
+    models = [torch.load(f"{run['run_dir']}/model.pt", weights_only=True) for run in runs]
+    assert all(torch.equal(models[0][net][key], models[1][net][key]) for net in models[0] for key in models[0][net])
