@@ -119,6 +119,9 @@ def run_once(command: list[str], args: Args) -> tuple[float, float | None]:
 
 def main() -> int:
     args = tyro.cli(Args, description=__doc__)
+    if not args.end_to_end:
+        print("error: --no-end-to-end leaves nothing to measure", file=sys.stderr)
+        return 2
     if args.steps < 2000 or min(args.hidden_dim, args.repetitions, args.threads) < 1:
         least = "--steps must be at least 2000, --hidden-dim, --repetitions and --threads at least 1"
         print(f"error: {least}", file=sys.stderr)

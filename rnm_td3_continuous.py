@@ -879,13 +879,14 @@ class Run:
         for number, handler in self.handlers.items():
             signal.signal(number, handler)
 
-    def attempt(self, what: str, action) -> None:
-        """Do what a finished run must not fail for."""
+    def attempt(self, what: str, action) -> bool:
+        """Do what a run must not fail for; False if it failed."""
         try:
             action()
+            return True
         except Exception as error:
             self.say(f"warning: no {what}: {first_line(error)}")
-            self.wandb = self.wandb if "W&B" not in what else None
+            return False
 
     def say(self, message: str) -> None:
         with contextlib.suppress(OSError):  # whoever reads this may be gone; the run goes on
@@ -915,8 +916,8 @@ class Run:
         row = {"global_step": global_step, "charts/wall_time_s": self.wall_time_s(), **row}
         self.writer.writerow(row)
         self.csv.flush()
-        if self.wandb:
-            self.attempt("more rows to W&B, this one is the last", lambda: self.wandb.log(row))
+        if self.wandb and not self.attempt("more rows in W&B", lambda: self.wandb.log(row)):
+            self.wandb = None
         if "eval/episodic_return" in row:
             result = f"eval {row['eval/episodic_return']:.1f} ± {row['eval/episodic_return_std']:.1f}"
             self.bar.set_postfix_str(result)
@@ -1428,7 +1429,7 @@ static void backward_weights(const call *c, int part, int parts) {
         x += l->cols * LANES;
     }
 }
-// One observation: plain dot products. acts: two vectors of the widest layer.
+// One observation: plain dot products. acts: the input and the hidden layers' outputs, one after another.
 static void single(const call *c) {
     float *x = c->acts, *y = c->out;
     memcpy(x, c->a, c->a_cols * sizeof(float));

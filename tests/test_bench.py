@@ -46,7 +46,10 @@ def test_ratios_and_failures(monkeypatch, tmp_path, capsys):
     assert "no such luck" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("argv", [("--steps", 1), ("--repetitions", 0), ("--threads", 99), ("--env-id", "No-v0")])
+BAD = [("--steps", 1), ("--repetitions", 0), ("--threads", 99), ("--env-id", "No-v0"), ("--no-end-to-end",)]
+
+
+@pytest.mark.parametrize("argv", BAD)
 def test_bad_flags(monkeypatch, capsys, argv):
     assert run(monkeypatch, *argv) == 2
     assert capsys.readouterr().err.count("error: ") == 1
