@@ -1231,6 +1231,13 @@ enum { V = 4, LANES = V * W };  // vectors and observations in a tile
 typedef float vec __attribute__((vector_size(4 * W), may_alias));
 typedef int32_t bits __attribute__((vector_size(4 * W)));
 static const vec zero;
+#define AT(x, row) ((const vec *)((const char *)(x) + (size_t)(row) * LANES * sizeof(float)))
+#ifdef __AVX512F__  // p[j] in every lane: four values share one load, and a shuffle is cheaper than a load
+#include <immintrin.h>
+#define SPREAD(p, j) ((vec)_mm512_permute_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(p)), 0x55 * (j)))
+#else
+#define SPREAD(p, j) (zero + (p)[j])
+#endif
 
 enum { FORWARD, BACK, GRAD };
 typedef struct {
@@ -1239,7 +1246,7 @@ typedef struct {
     const uint16_t *idx, *tidx;   // column of each value; BACK is by column, in blocks of rows: row of each value ...
     const int32_t *tpos;          // ... and its place in val
     const float *val, *bias;
-    float *dval, *dbias;
+    float *tval, *dval, *dbias;   // tval: val in the order of tidx
 } layer;
 
 // y[r] = sum over k of val[k] x[idx[k]] (+ bias[r]) on one tile; relu: max(y, 0); gate: 0 where gate <= 0.
@@ -1247,6 +1254,7 @@ INLINE void gather(const int transposed, const layer *l, int first, int count, c
                    const float *gate) {
     const int width = transposed ? l->cols : l->rows, blocks = l->blocks[transposed];
     const uint16_t *idx = transposed ? l->tidx : l->idx;
+    const float *val = transposed ? l->tval : l->val;
     const int32_t *start = l->ends[transposed], *end = start + blocks * width;
     for (int j = 0; j < blocks; j++)
         for (int r = first; r < first + count; r++) {
@@ -1256,15 +1264,17 @@ INLINE void gather(const int transposed, const layer *l, int first, int count, c
                 if (j) a[i] = out[i];
             }
             int k = start[j * width + r], stop = end[j * width + r];
-            for (; k + 1 < stop; k += 2) {
-                const vec *p = (const vec *)x + idx[k] * V, *q = (const vec *)x + idx[k + 1] * V;
-                const float v = l->val[transposed ? l->tpos[k] : k], w = l->val[transposed ? l->tpos[k + 1] : k + 1];
-                for (int i = 0; i < V; i++) a[i] += v * p[i], b[i] += w * q[i];
+            for (; k + 3 < stop; k += 4) {
+                uint64_t four;  // one load for four indices
+                memcpy(&four, idx + k, sizeof(four));
+                for (int m = 0; m < 4; m += 2) {
+                    const vec *p = AT(x, (uint16_t)(four >> 16 * m)), *q = AT(x, (uint16_t)(four >> 16 * m + 16));
+                    const vec v = SPREAD(val + k, m), w = SPREAD(val + k, m + 1);
+                    for (int i = 0; i < V; i++) a[i] += v * p[i], b[i] += w * q[i];
+                }
             }
-            if (k < stop) {
-                const vec *p = (const vec *)x + idx[k] * V;
-                for (int i = 0; i < V; i++) a[i] += l->val[transposed ? l->tpos[k] : k] * p[i];
-            }
+            for (; k < stop; k++)
+                for (int i = 0; i < V; i++) a[i] += val[k] * AT(x, idx[k])[i];
             for (int i = 0; i < V; i++) {
                 a[i] += b[i];
                 if (relu && j == blocks - 1) a[i] = (vec)((bits)a[i] & ~(a[i] <= zero));
@@ -1289,15 +1299,11 @@ INLINE void gather(const int transposed, const layer *l, int first, int count, c
 #define HIGH_4 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31
 #define LOW_8 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
 #define HIGH_8 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
-#define FOLD(s) for (int i = 0; i < 8 / s; i++) \
-        p[i] = SHUFFLE(p[2 * i], p[2 * i + 1], LOW_##s) + SHUFFLE(p[2 * i], p[2 * i + 1], HIGH_##s);
+#define FOLD(s) INLINE vec fold_##s(vec a, vec b) { return SHUFFLE(a, b, LOW_##s) + SHUFFLE(a, b, HIGH_##s); }
+FOLD(1) FOLD(2) FOLD(4) FOLD(8)
 #define SWAP(s) for (int i = 0; i < 16; i++) if (!(i & s)) { \
         const vec low = SHUFFLE(p[i], p[i + s], LOW_##s); \
         p[i + s] = SHUFFLE(p[i], p[i + s], HIGH_##s), p[i] = low; }
-INLINE void lane_sums(vec *p, float *sum) {
-    FOLD(1) FOLD(2) FOLD(4) FOLD(8)
-    memcpy(sum, p, sizeof(vec));
-}
 static void transpose(const float *a, long a_stride, float *b, long b_stride) {
     vec p[16];
     for (int i = 0; i < 16; i++) memcpy(p + i, a + i * a_stride, sizeof(vec));
@@ -1305,12 +1311,6 @@ static void transpose(const float *a, long a_stride, float *b, long b_stride) {
     for (int i = 0; i < 16; i++) memcpy(b + i * b_stride, p + i, sizeof(vec));
 }
 #else
-INLINE void lane_sums(vec *p, float *sum) {
-    for (int m = 0; m < 16; m++) {
-        sum[m] = 0;
-        for (int i = 0; i < W; i++) sum[m] += p[m][i];
-    }
-}
 static void transpose(const float *a, long a_stride, float *b, long b_stride) {
     for (int i = 0; i < 16; i++)
         for (int k = 0; k < 16; k++) b[k * b_stride + i] = a[i * a_stride + k];
@@ -1318,31 +1318,40 @@ static void transpose(const float *a, long a_stride, float *b, long b_stride) {
 #endif
 
 // dval[k] += sum over b of dy[r][b] x[idx[k]][b] and dbias[r] += sum over b of dy[r][b], b in `tiles` tiles.
+INLINE vec dot(const int tiles, const vec *d, const vec *x, long tile) {
+    vec a = zero, b = zero;
+    for (int i = 0; i < tiles * V; i += 2)
+        a += d[i] * x[i / V * tile + i % V], b += d[i + 1] * x[i / V * tile + i % V + 1];
+    return a + b;
+}
 INLINE void grad_weight(const int tiles, const layer *l, long width, int r0, int r1, const float *dy, const float *x) {
     const int32_t *start = l->ends[GRAD], *stop = start + l->blocks[GRAD] * l->rows;
     for (int j = 0; j < l->blocks[GRAD]; j++)
         for (int r = r0; r < r1; r++) {
-            vec d[TILES * V], p[16];
-            float sum[16];
-            for (int i = 0; i < tiles * V; i++) d[i] = ((const vec *)dy)[(i / V * width + r) * V + i % V];
+            vec d[TILES * V];
+            for (int i = 0; i < tiles * V; i++) d[i] = AT(dy, i / V * width + r)[i % V];
             if (!j) {
                 vec s = d[0];
                 for (int i = 1; i < tiles * V; i++) s += d[i];
                 for (int i = 0; i < W / 2; i++) s[i] += s[i + W / 2];
                 for (int i = 0; i < W / 2; i++) l->dbias[r] += s[i];
             }
-            for (int k = start[j * l->rows + r], end = stop[j * l->rows + r]; k < end; k += 16) {
-                const int n = end - k < 16 ? end - k : 16;
-                for (int m = 0; m < n; m++) {
-                    const vec *q = (const vec *)x + l->idx[k + m] * V;
-                    vec a = zero, b = zero;
-                    for (int i = 0; i < tiles * V; i += 2)
-                        a += d[i] * q[i / V * width * V + i % V], b += d[i + 1] * q[i / V * width * V + i % V + 1];
-                    p[m] = a + b;
+            const int end = stop[j * l->rows + r];
+            for (int k = start[j * l->rows + r]; k < end; k += 16) {
+#define DOT(m) (k + (m) < end ? dot(tiles, d, AT(x, l->idx[k + (m)]), width * V) : zero)
+#ifdef __AVX512F__
+#define DOTS_2(m) fold_1(DOT(m), DOT(m + 1))
+#define DOTS_4(m) fold_2(DOTS_2(m), DOTS_2(m + 2))
+#define DOTS_8(m) fold_4(DOTS_4(m), DOTS_4(m + 4))
+                const vec sums = fold_8(DOTS_8(0), k + 8 < end ? DOTS_8(8) : zero);
+                if (k + 16 <= end) for (int m = 0; m < 16; m++) l->dval[k + m] += sums[m];
+                else for (int m = 0; k + m < end; m++) l->dval[k + m] += sums[m];
+#else
+                for (int m = 0; m < 16 && k + m < end; m++) {
+                    const vec p = DOT(m);
+                    for (int i = 0; i < W; i++) l->dval[k + m] += p[i];
                 }
-                for (int m = n; m < 16; m++) p[m] = zero;
-                lane_sums(p, sum);
-                for (int m = 0; m < n; m++) l->dval[k + m] += sum[m];
+#endif
             }
         }
 }
@@ -1509,6 +1518,8 @@ void nm_forward(const call *c) {
 void nm_backward(call *c) {
     pthread_mutex_lock(&pool.busy);
     const int chunk = (pool.wanted + TILES - 1) / TILES * TILES;
+    for (const layer *l = c->l + !(c->da || c->db); l < c->l + c->depth; l++)
+        for (int k = 0; k < l->rows * l->kept; k++) l->tval[k] = l->val[l->tpos[k]];
     for (c->first = 0; c->first < c->tiles; c->first += chunk) {
         c->count = c->tiles - c->first < chunk ? c->tiles - c->first : chunk;
         split(backward_inputs, c);
@@ -1547,7 +1558,7 @@ void nm_index(const layer *l, int which) {
 class Layer(ctypes.Structure):
     _fields_ = [(name, ctypes.c_int32) for name in ("rows", "cols", "kept")]
     _fields_ += [("blocks", ctypes.c_int32 * 3), ("block", ctypes.c_int32 * 3), ("ends", ctypes.c_void_p * 3)]
-    _fields_ += [(name, ctypes.c_void_p) for name in ("idx", "tidx", "tpos", "val", "bias", "dval", "dbias")]
+    _fields_ += [(name, ctypes.c_void_p) for name in ("idx", "tidx", "tpos", "val", "bias", "tval", "dval", "dbias")]
 
 
 class Call(ctypes.Structure):
@@ -1575,7 +1586,8 @@ class Plan:
             layer.idx = self.hold(index.to(torch.uint16).contiguous())
             layer.tidx = self.hold(torch.empty(index.numel(), dtype=torch.uint16))
             layer.tpos = self.hold(torch.empty(index.numel(), dtype=torch.int32))
-            blocks = (layer.cols, 128), (layer.rows, 128), (layer.cols, max(16, 16 * layer.cols // layer.kept))
+            layer.tval = self.hold(torch.empty(index.numel()))
+            blocks = (layer.cols, 128), (layer.rows, 128), (layer.cols, max(64, 8 * layer.cols // layer.kept))
             for which, (length, block) in enumerate(blocks):  # forward, grad-input: a block stays in the L1 cache
                 layer.block[which], layer.blocks[which] = block, -(-length // block)
                 size = 2 * layer.blocks[which] * (layer.rows + layer.cols - length)
