@@ -111,13 +111,16 @@ class Args:
         check_args(self)
 
 
-def mlp(net: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
-    """The layers of a network with ReLU between them, on its inputs side by side: [B, ...] -> [B, out]."""
-    x = torch.cat(inputs, dim=1)
-    *hidden, head = net.children()
-    for layer in hidden:
-        x = F.relu(layer(x))
-    return head(x)
+def mlp(nets: list[nn.Module], *inputs: torch.Tensor) -> list[torch.Tensor]:
+    """Each network's layers with ReLU between them, on the same inputs side by side: [B, ...] -> [B, out] of each."""
+    x, outputs = torch.cat(inputs, dim=1), []
+    for net in nets:
+        *hidden, head = net.children()
+        y = x
+        for layer in hidden:
+            y = F.relu(layer(y))
+        outputs.append(head(y))
+    return outputs
 
 
 # --- shared: td3 ---
@@ -137,7 +140,7 @@ class Actor(nn.Module):
         self.register_buffer("action_high", high, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(mlp(self, x)) * self.action_scale + self.action_bias
+        return torch.tanh(mlp([self], x)[0]) * self.action_scale + self.action_bias
 
 
 class QNetwork(nn.Module):
@@ -151,7 +154,12 @@ class QNetwork(nn.Module):
         self.fc3 = nn.Linear(hidden_dim, 1)
 
     def forward(self, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-        return mlp(self, x, a).squeeze(1)
+        return q_values([self], x, a)[0]
+
+
+def q_values(critics: list[QNetwork], x: torch.Tensor, a: torch.Tensor) -> list[torch.Tensor]:
+    """Q(s, a) of several critics in one pass: obs [B, obs_dim], action [B, action_dim] -> value [B] of each."""
+    return [value.squeeze(1) for value in mlp(critics, x, a)]
 
 
 @dataclass
@@ -183,20 +191,20 @@ def make_agent(actor: Actor, qf1: QNetwork, qf2: QNetwork, learning_rate: float)
     return Agent(*online, *targets, q_optimizer, actor_optimizer, *parameters)
 
 
-def update_critics(agent: Agent, data: "Batch", args: Args, generator: torch.Generator) -> dict[str, float]:
-    """One step of both critics towards the clipped double-Q target; returns the logged losses."""
+def update_critics(agent: Agent, data: "Batch", args: Args, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """One step of both critics towards the clipped double-Q target; returns what mean_losses() logs."""
     with torch.no_grad():
         noise = torch.randn(data.actions.shape, generator=generator, device=data.actions.device)
-        noise = (noise * args.policy_noise).clamp_(-args.noise_clip, args.noise_clip) * agent.actor.action_scale
-        next_state_actions = agent.target_actor(data.next_observations) + noise  # [B, action_dim]
+        noise = noise.mul_(args.policy_noise).clamp_(-args.noise_clip, args.noise_clip).mul_(agent.actor.action_scale)
+        next_state_actions = agent.target_actor(data.next_observations).add_(noise)  # [B, action_dim]
         next_state_actions = next_state_actions.clamp_(agent.actor.action_low, agent.actor.action_high)
-        qf1_next_target = agent.qf1_target(data.next_observations, next_state_actions)
-        qf2_next_target = agent.qf2_target(data.next_observations, next_state_actions)
+        target_critics = (agent.qf1_target, agent.qf2_target)
+        qf1_next_target, qf2_next_target = q_values(target_critics, data.next_observations, next_state_actions)
         min_qf_next_target = torch.min(qf1_next_target, qf2_next_target)
-        next_q_value = data.rewards + (1 - data.dones) * args.gamma * min_qf_next_target  # [B]
+        # rewards + gamma * (1 - dones) * min_qf_next_target  [B]
+        next_q_value = torch.addcmul(data.rewards, 1 - data.dones, min_qf_next_target, value=args.gamma)
 
-    qf1_a_values = agent.qf1(data.observations, data.actions)  # [B]
-    qf2_a_values = agent.qf2(data.observations, data.actions)
+    qf1_a_values, qf2_a_values = q_values((agent.qf1, agent.qf2), data.observations, data.actions)  # [B] each
     qf1_loss = F.mse_loss(qf1_a_values, next_q_value)
     qf2_loss = F.mse_loss(qf2_a_values, next_q_value)
     qf_loss = qf1_loss + qf2_loss
@@ -204,15 +212,14 @@ def update_critics(agent: Agent, data: "Batch", args: Args, generator: torch.Gen
     qf_loss.backward()
     agent.q_optimizer.step()
     return {
-        "losses/qf1_values": qf1_a_values.mean().item(),
-        "losses/qf2_values": qf2_a_values.mean().item(),
-        "losses/qf1_loss": qf1_loss.item(),
-        "losses/qf2_loss": qf2_loss.item(),
-        "losses/qf_loss": qf_loss.item() / 2,  # the mean of both, as CleanRL logs it
+        "losses/qf1_values": qf1_a_values.detach(),
+        "losses/qf2_values": qf2_a_values.detach(),
+        "losses/qf1_loss": qf1_loss.detach(),
+        "losses/qf2_loss": qf2_loss.detach(),
     }
 
 
-def update_actor(agent: Agent, data: "Batch") -> dict[str, float]:
+def update_actor(agent: Agent, data: "Batch") -> dict[str, torch.Tensor]:
     """One step of the actor up the first critic's gradient."""
     for param in agent.q_optimizer.param_groups[0]["params"]:
         param.requires_grad_(False)  # the critic's weights need no gradient here
@@ -222,7 +229,7 @@ def update_actor(agent: Agent, data: "Batch") -> dict[str, float]:
     agent.actor_optimizer.step()
     for param in agent.q_optimizer.param_groups[0]["params"]:
         param.requires_grad_(True)
-    return {"losses/actor_loss": actor_loss.item()}
+    return {"losses/actor_loss": actor_loss.detach()}
 
 
 @torch.no_grad()
@@ -231,7 +238,7 @@ def update_targets(agent: Agent, tau: float) -> None:
     torch._foreach_lerp_(agent.target_parameters, agent.online_parameters, tau)
 
 
-def update_agent(agent: Agent, rb: "ReplayBuffer", args: Args, rng: dict, update: int) -> dict[str, float]:
+def update_agent(agent: Agent, rb: "ReplayBuffer", args: Args, rng: dict, update: int) -> dict[str, torch.Tensor]:
     """Update number `update` (from 1) of TD3, Algorithm 1: critics; every d-th time actor, then targets."""
     data = rb.sample(args.batch_size, rng["replay"])
     losses = update_critics(agent, data, args, rng["smoothing"])
@@ -239,6 +246,14 @@ def update_agent(agent: Agent, rb: "ReplayBuffer", args: Args, rng: dict, update
         losses |= update_actor(agent, data)
         update_targets(agent, args.tau)
     return losses
+
+
+def mean_losses(losses: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The logged numbers of an update: taken when a row is written, since each costs as much as a small product."""
+    row = {key: value.mean().item() for key, value in losses.items()}
+    if losses:
+        row["losses/qf_loss"] = (row["losses/qf1_loss"] + row["losses/qf2_loss"]) / 2  # the mean, as CleanRL logs it
+    return row
 
 
 # --- end shared ---
@@ -308,13 +323,13 @@ def train(args: Args) -> dict:
                 start = time.perf_counter()
                 update += 1
                 losses |= update_agent(agent, rb, args, rng, update)
-                check_finite(f"a loss of step {global_step}", *losses.values())
+                check_finite(f"a loss of step {global_step}", *(x.item() for x in losses.values() if not x.dim()))
                 update_times.append(time.perf_counter() - start)
 
             if terminated or truncated:
                 row |= {"charts/episodic_return": episodic_return, "charts/episodic_length": episodic_length}
             if global_step % 1000 == 0:
-                row |= losses
+                row |= mean_losses(losses)
                 row["charts/SPS"] = run.steps_per_second(global_step)
                 if update_times:
                     row["charts/update_ms"] = 1e3 * statistics.fmean(update_times)

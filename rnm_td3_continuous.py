@@ -151,18 +151,31 @@ def project(W: torch.Tensor, n: int, m: int) -> torch.Tensor:
 class NMLinear(nn.Module):
     """nn.Linear made row-wise N:M: x [B, in] -> x W~^T + bias [B, out], W~ = W * E.
 
-    Trained are the packed active weights `values` [out, kept] alone (D2); `index` [out, kept] holds their columns in
-    ascending order; kept = n * (in // m) + min(n, in % m). Between refreshes W is true only where E is False.
+    Trained are the packed active weights `values` [out, kept] alone (D2) and the bias: both are parts of `flat`, which
+    holds those of all layers of a network, so that an optimizer has one parameter to step. `index` [out, kept] holds
+    the columns of `values` in ascending order; kept = n * (in // m) + min(n, in % m). Between refreshes W is true only
+    where E is False.
     """
 
     def __init__(self, dense: nn.Linear, n: int, m: int):
         super().__init__()
-        self.n, self.m, self.in_features = n, m, dense.in_features
+        self.n, self.m, self.start = n, m, 0  # start: this layer's first place in flat
         self.register_buffer("W", dense.weight.detach())  # D6
         self.register_buffer("E", project(self.W, n, m))
         self.register_buffer("index", self.E.nonzero()[:, 1].reshape(dense.out_features, -1).clone())
-        self.values = nn.Parameter(self.W.gather(1, self.index))
-        self.bias = dense.bias
+        self.flat = nn.Parameter(torch.cat([self.W.gather(1, self.index).flatten(), dense.bias.detach()]))
+
+    def packed(self, flat: torch.Tensor) -> torch.Tensor:
+        """This layer's active weights [out, kept] in `flat`, or what belongs to them in one of Adam's moments of it."""
+        return flat[self.start : self.start + self.index.numel()].view_as(self.index)
+
+    @property
+    def values(self) -> torch.Tensor:
+        return self.packed(self.flat)
+
+    @property
+    def bias(self) -> torch.Tensor:
+        return self.flat[self.start + self.index.numel() :][: len(self.index)]
 
     @property
     def weight(self) -> torch.Tensor:
@@ -176,14 +189,21 @@ class NMLinear(nn.Module):
 def sparsify(net: nn.Module, args: Args) -> nn.Module:
     """Make the input and hidden layers of a network N:M, the output layer only with --sparse-head (D5)."""
     names = [name for name, _ in net.named_children()]
-    for name in names if args.sparse_head else names[:-1]:
-        setattr(net, name, NMLinear(getattr(net, name), args.n, args.m))
-    net.kernel, net.plan = pick_kernel(args), None
+    net.nm_names = names if args.sparse_head else names[:-1]
+    for name in names:
+        n, m = (args.n, args.m) if name in net.nm_names else (1, 1)  # 1:1 keeps all
+        setattr(net, name, NMLinear(getattr(net, name), n, m))
+    own = [layer.flat.detach() for layer in net.children()]
+    flat, start = nn.Parameter(torch.cat(own)), 0
+    for layer, part in zip(net.children(), own, strict=True):
+        layer.flat, layer.start = flat, start
+        start += part.numel()
+    net.kernel, net.plans = pick_kernel(args), {}
     return net
 
 
 def nm_layers(net: nn.Module) -> dict[str, NMLinear]:
-    return {name: layer for name, layer in net.named_children() if isinstance(layer, NMLinear)}
+    return {name: getattr(net, name) for name in net.nm_names}
 
 
 @torch.no_grad()
@@ -194,11 +214,12 @@ def refresh_masks(agent: "Agent") -> None:
         (agent.qf1, agent.qf1_target, agent.q_optimizer),
         (agent.qf2, agent.qf2_target, agent.q_optimizer),
     ):
-        for layer, target_layer in zip(nm_layers(online).values(), nm_layers(target).values(), strict=True):
+        for (name, layer), target_layer in zip(nm_layers(online).items(), nm_layers(target).values(), strict=True):
             stores = [(layer.W, layer.values), (target_layer.W, target_layer.values)]  # dense store, packed part
-            if state := optimizer.state.get(layer.values):  # none before Adam's first step
-                for name in ("exp_avg", "exp_avg_sq"):
-                    stores.append((state.setdefault(f"{name}_store", torch.zeros_like(layer.W)), state[name]))
+            if state := optimizer.state.get(layer.flat):  # none before Adam's first step
+                for moment in ("exp_avg", "exp_avg_sq"):
+                    store = state.setdefault(f"{moment}_{name}", torch.zeros_like(layer.W))
+                    stores.append((store, layer.packed(state[moment])))
             for store, packed in stores:
                 store.scatter_(1, layer.index, packed)
             E = project(layer.W, layer.n, layer.m)
@@ -229,15 +250,18 @@ def sad_metrics(first: dict, previous: dict, current: dict) -> dict[str, float]:
     return row
 
 
-def mlp(net: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
-    """The layers of a network with ReLU between them, on its inputs side by side: [B, ...] -> [B, out]."""
-    if getattr(net, "kernel", "torch") == "nm":
-        return nm_mlp(net, *inputs)
-    x = torch.cat(inputs, dim=1)
-    *hidden, head = net.children()
-    for layer in hidden:
-        x = F.relu(layer(x))
-    return head(x)
+def mlp(nets: list[nn.Module], *inputs: torch.Tensor) -> list[torch.Tensor]:
+    """Each network's layers with ReLU between them, on the same inputs side by side: [B, ...] -> [B, out] of each."""
+    if getattr(nets[0], "kernel", "torch") == "nm":
+        return nm_mlp(nets, *inputs)
+    x, outputs = torch.cat(inputs, dim=1), []
+    for net in nets:
+        *hidden, head = net.children()
+        y = x
+        for layer in hidden:
+            y = F.relu(layer(y))
+        outputs.append(head(y))
+    return outputs
 
 
 # --- shared: td3 ---
@@ -257,7 +281,7 @@ class Actor(nn.Module):
         self.register_buffer("action_high", high, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(mlp(self, x)) * self.action_scale + self.action_bias
+        return torch.tanh(mlp([self], x)[0]) * self.action_scale + self.action_bias
 
 
 class QNetwork(nn.Module):
@@ -271,7 +295,12 @@ class QNetwork(nn.Module):
         self.fc3 = nn.Linear(hidden_dim, 1)
 
     def forward(self, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-        return mlp(self, x, a).squeeze(1)
+        return q_values([self], x, a)[0]
+
+
+def q_values(critics: list[QNetwork], x: torch.Tensor, a: torch.Tensor) -> list[torch.Tensor]:
+    """Q(s, a) of several critics in one pass: obs [B, obs_dim], action [B, action_dim] -> value [B] of each."""
+    return [value.squeeze(1) for value in mlp(critics, x, a)]
 
 
 @dataclass
@@ -303,20 +332,20 @@ def make_agent(actor: Actor, qf1: QNetwork, qf2: QNetwork, learning_rate: float)
     return Agent(*online, *targets, q_optimizer, actor_optimizer, *parameters)
 
 
-def update_critics(agent: Agent, data: "Batch", args: Args, generator: torch.Generator) -> dict[str, float]:
-    """One step of both critics towards the clipped double-Q target; returns the logged losses."""
+def update_critics(agent: Agent, data: "Batch", args: Args, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """One step of both critics towards the clipped double-Q target; returns what mean_losses() logs."""
     with torch.no_grad():
         noise = torch.randn(data.actions.shape, generator=generator, device=data.actions.device)
-        noise = (noise * args.policy_noise).clamp_(-args.noise_clip, args.noise_clip) * agent.actor.action_scale
-        next_state_actions = agent.target_actor(data.next_observations) + noise  # [B, action_dim]
+        noise = noise.mul_(args.policy_noise).clamp_(-args.noise_clip, args.noise_clip).mul_(agent.actor.action_scale)
+        next_state_actions = agent.target_actor(data.next_observations).add_(noise)  # [B, action_dim]
         next_state_actions = next_state_actions.clamp_(agent.actor.action_low, agent.actor.action_high)
-        qf1_next_target = agent.qf1_target(data.next_observations, next_state_actions)
-        qf2_next_target = agent.qf2_target(data.next_observations, next_state_actions)
+        target_critics = (agent.qf1_target, agent.qf2_target)
+        qf1_next_target, qf2_next_target = q_values(target_critics, data.next_observations, next_state_actions)
         min_qf_next_target = torch.min(qf1_next_target, qf2_next_target)
-        next_q_value = data.rewards + (1 - data.dones) * args.gamma * min_qf_next_target  # [B]
+        # rewards + gamma * (1 - dones) * min_qf_next_target  [B]
+        next_q_value = torch.addcmul(data.rewards, 1 - data.dones, min_qf_next_target, value=args.gamma)
 
-    qf1_a_values = agent.qf1(data.observations, data.actions)  # [B]
-    qf2_a_values = agent.qf2(data.observations, data.actions)
+    qf1_a_values, qf2_a_values = q_values((agent.qf1, agent.qf2), data.observations, data.actions)  # [B] each
     qf1_loss = F.mse_loss(qf1_a_values, next_q_value)
     qf2_loss = F.mse_loss(qf2_a_values, next_q_value)
     qf_loss = qf1_loss + qf2_loss
@@ -324,15 +353,14 @@ def update_critics(agent: Agent, data: "Batch", args: Args, generator: torch.Gen
     qf_loss.backward()
     agent.q_optimizer.step()
     return {
-        "losses/qf1_values": qf1_a_values.mean().item(),
-        "losses/qf2_values": qf2_a_values.mean().item(),
-        "losses/qf1_loss": qf1_loss.item(),
-        "losses/qf2_loss": qf2_loss.item(),
-        "losses/qf_loss": qf_loss.item() / 2,  # the mean of both, as CleanRL logs it
+        "losses/qf1_values": qf1_a_values.detach(),
+        "losses/qf2_values": qf2_a_values.detach(),
+        "losses/qf1_loss": qf1_loss.detach(),
+        "losses/qf2_loss": qf2_loss.detach(),
     }
 
 
-def update_actor(agent: Agent, data: "Batch") -> dict[str, float]:
+def update_actor(agent: Agent, data: "Batch") -> dict[str, torch.Tensor]:
     """One step of the actor up the first critic's gradient."""
     for param in agent.q_optimizer.param_groups[0]["params"]:
         param.requires_grad_(False)  # the critic's weights need no gradient here
@@ -342,7 +370,7 @@ def update_actor(agent: Agent, data: "Batch") -> dict[str, float]:
     agent.actor_optimizer.step()
     for param in agent.q_optimizer.param_groups[0]["params"]:
         param.requires_grad_(True)
-    return {"losses/actor_loss": actor_loss.item()}
+    return {"losses/actor_loss": actor_loss.detach()}
 
 
 @torch.no_grad()
@@ -351,7 +379,7 @@ def update_targets(agent: Agent, tau: float) -> None:
     torch._foreach_lerp_(agent.target_parameters, agent.online_parameters, tau)
 
 
-def update_agent(agent: Agent, rb: "ReplayBuffer", args: Args, rng: dict, update: int) -> dict[str, float]:
+def update_agent(agent: Agent, rb: "ReplayBuffer", args: Args, rng: dict, update: int) -> dict[str, torch.Tensor]:
     """Update number `update` (from 1) of TD3, Algorithm 1: critics; every d-th time actor, then targets."""
     data = rb.sample(args.batch_size, rng["replay"])
     losses = update_critics(agent, data, args, rng["smoothing"])
@@ -359,6 +387,14 @@ def update_agent(agent: Agent, rb: "ReplayBuffer", args: Args, rng: dict, update
         losses |= update_actor(agent, data)
         update_targets(agent, args.tau)
     return losses
+
+
+def mean_losses(losses: dict[str, torch.Tensor]) -> dict[str, float]:
+    """The logged numbers of an update: taken when a row is written, since each costs as much as a small product."""
+    row = {key: value.mean().item() for key, value in losses.items()}
+    if losses:
+        row["losses/qf_loss"] = (row["losses/qf1_loss"] + row["losses/qf2_loss"]) / 2  # the mean, as CleanRL logs it
+    return row
 
 
 # --- end shared ---
@@ -432,7 +468,7 @@ def train(args: Args) -> dict:
                 start = time.perf_counter()
                 update += 1
                 losses |= update_agent(agent, rb, args, rng, update)
-                check_finite(f"a loss of step {global_step}", *losses.values())
+                check_finite(f"a loss of step {global_step}", *(x.item() for x in losses.values() if not x.dim()))
                 if (K := args.mask_update_interval) and update % K == 0:
                     masks = get_masks(agent)
                     refresh_masks(agent)
@@ -443,7 +479,7 @@ def train(args: Args) -> dict:
             if terminated or truncated:
                 row |= {"charts/episodic_return": episodic_return, "charts/episodic_length": episodic_length}
             if global_step % 1000 == 0:
-                row |= losses
+                row |= mean_losses(losses)
                 row["charts/SPS"] = run.steps_per_second(global_step)
                 if update_times:
                     row["charts/update_ms"] = 1e3 * statistics.fmean(update_times)
@@ -1218,6 +1254,7 @@ KERNELS = r"""
 #include <sched.h>
 #include <stdatomic.h>
 #include <stdint.h>
+#include <stdlib.h>
 #include <string.h>
 #if defined(__AVX512F__)
 enum { W = 16, TILES = 2 };  // floats in a vector; tiles at a time in grad_weight: as many as the registers hold
@@ -1241,26 +1278,25 @@ static const vec zero;
 
 enum { FORWARD, BACK, GRAD };
 typedef struct {
-    int32_t rows, cols, kept, blocks[3], block[3];
+    int32_t rows, cols, kept, start, blocks[3], block[3];  // flat + start: val [rows][kept], then bias [rows]
     const int32_t *ends[3];       // [blocks][rows] first and then last + 1 of the entries in each block of columns ...
     const uint16_t *idx, *tidx;   // column of each value; BACK is by column, in blocks of rows: row of each value ...
-    const int32_t *tpos;          // ... and its place in val
-    const float *val, *bias;
-    float *tval, *dval, *dbias;   // tval: val in the order of tidx
+    const int32_t *tpos;          // ... its place in val ...
+    float *tval;                  // ... and val in this order
 } layer;
 
 // y[r] = sum over k of val[k] x[idx[k]] (+ bias[r]) on one tile; relu: max(y, 0); gate: 0 where gate <= 0.
-INLINE void gather(const int transposed, const layer *l, int first, int count, const float *x, float *y, int relu,
-                   const float *gate) {
+INLINE void gather(const int transposed, const layer *l, const float *flat, int first, int count, const float *x,
+                   float *y, int relu, const float *gate) {
     const int width = transposed ? l->cols : l->rows, blocks = l->blocks[transposed];
     const uint16_t *idx = transposed ? l->tidx : l->idx;
-    const float *val = transposed ? l->tval : l->val;
+    const float *val = transposed ? l->tval : flat + l->start, *bias = val + l->rows * l->kept;
     const int32_t *start = l->ends[transposed], *end = start + blocks * width;
     for (int j = 0; j < blocks; j++)
         for (int r = first; r < first + count; r++) {
             vec a[V], b[V], *out = (vec *)y + (long)(r - first) * V;
             for (int i = 0; i < V; i++) {
-                a[i] = zero + (transposed ? 0 : l->bias[r]), b[i] = zero;
+                a[i] = zero + (transposed ? 0 : bias[r]), b[i] = zero;
                 if (j) a[i] = out[i];
             }
             int k = start[j * width + r], stop = end[j * width + r];
@@ -1324,32 +1360,34 @@ INLINE vec dot(const int tiles, const vec *d, const vec *x, long tile) {
         a += d[i] * x[i / V * tile + i % V], b += d[i + 1] * x[i / V * tile + i % V + 1];
     return a + b;
 }
-INLINE void grad_weight(const int tiles, const layer *l, long width, int r0, int r1, const float *dy, const float *x) {
+INLINE void grad_weight(const int tiles, const layer *l, float *dval, int r0, int r1, const float *dy, long dy_width,
+                        const float *x, long x_width) {
     const int32_t *start = l->ends[GRAD], *stop = start + l->blocks[GRAD] * l->rows;
+    float *dbias = dval + l->rows * l->kept;
     for (int j = 0; j < l->blocks[GRAD]; j++)
         for (int r = r0; r < r1; r++) {
             vec d[TILES * V];
-            for (int i = 0; i < tiles * V; i++) d[i] = AT(dy, i / V * width + r)[i % V];
+            for (int i = 0; i < tiles * V; i++) d[i] = AT(dy, i / V * dy_width + r)[i % V];
             if (!j) {
                 vec s = d[0];
                 for (int i = 1; i < tiles * V; i++) s += d[i];
                 for (int i = 0; i < W / 2; i++) s[i] += s[i + W / 2];
-                for (int i = 0; i < W / 2; i++) l->dbias[r] += s[i];
+                for (int i = 0; i < W / 2; i++) dbias[r] += s[i];
             }
             const int end = stop[j * l->rows + r];
             for (int k = start[j * l->rows + r]; k < end; k += 16) {
-#define DOT(m) (k + (m) < end ? dot(tiles, d, AT(x, l->idx[k + (m)]), width * V) : zero)
+#define DOT(m) (k + (m) < end ? dot(tiles, d, AT(x, l->idx[k + (m)]), x_width * V) : zero)
 #ifdef __AVX512F__
 #define DOTS_2(m) fold_1(DOT(m), DOT(m + 1))
 #define DOTS_4(m) fold_2(DOTS_2(m), DOTS_2(m + 2))
 #define DOTS_8(m) fold_4(DOTS_4(m), DOTS_4(m + 4))
                 const vec sums = fold_8(DOTS_8(0), k + 8 < end ? DOTS_8(8) : zero);
-                if (k + 16 <= end) for (int m = 0; m < 16; m++) l->dval[k + m] += sums[m];
-                else for (int m = 0; k + m < end; m++) l->dval[k + m] += sums[m];
+                if (k + 16 <= end) for (int m = 0; m < 16; m++) dval[k + m] += sums[m];
+                else for (int m = 0; k + m < end; m++) dval[k + m] += sums[m];
 #else
                 for (int m = 0; m < 16 && k + m < end; m++) {
                     const vec p = DOT(m);
-                    for (int i = 0; i < W; i++) l->dval[k + m] += p[i];
+                    for (int i = 0; i < W; i++) dval[k + m] += p[i];
                 }
 #endif
             }
@@ -1376,87 +1414,113 @@ static void unpack(const float *src, long stride, int batch, int tile, int cols,
                 for (int k = c; k < c + 16 && k < cols; k++) dst[m * stride + k] = src[k * LANES + m];
 }
 
-typedef struct {  // one pass through a network: inputs a and b [batch][...] side by side, ReLU between the layers
+typedef struct {
     const layer *l;
-    int32_t depth, width, batch, tiles, a_cols, b_cols, record, weights;
+    int32_t depth, width;  // width: outputs of all layers
+    const float *flat, *dout;
+    float *grad, *out;
+} net;
+typedef struct {  // a pass of networks over the same inputs, a and b [batch][...] side by side; ReLU between the layers
+    const net *nets;
+    int32_t count, width, batch, tiles, a_cols, b_cols, record, weights;
     int64_t a_stride, b_stride;
-    const float *a, *b, *dout;
-    float *acts, *out, *dacts, *da, *db;  // acts [tile][input and every layer's output][LANES]; dacts: their gradients
-    int32_t first, count;                 // tiles that backward is at: dacts holds these alone
+    const float *a, *b;
+    float *acts, *da, *db;     // acts [tile][inputs, then the outputs of each layer of each net][LANES]; da, db [net]
+    int32_t first, chunk, at;  // backward is at net `at`, at `chunk` tiles from `first` on: scratch has room for them
 } call;
 typedef void task(const call *c, int part, int parts);
+static struct { float *memory; size_t size; } scratch;
 
 static void forward(const call *c, int part, int parts) {
-    const layer *last = c->l + c->depth - 1;
+    const int cols = c->a_cols + c->b_cols;
     for (int t = c->tiles * part / parts; t < c->tiles * (part + 1) / parts; t++) {
-        float *x = c->acts + (long)(c->record ? t : part) * c->width * LANES;
-        pack(c->a, c->a_stride, c->batch, t, c->a_cols, x);
-        pack(c->b, c->b_stride, c->batch, t, c->b_cols, x + c->a_cols * LANES);
-        for (const layer *l = c->l; l <= last; x += l++->cols * LANES)
-            gather(0, l, 0, l->rows, x, x + l->cols * LANES, l < last, 0);
-        unpack(x, last->rows, c->batch, t, last->rows, c->out);
+        float *input = (c->record ? c->acts : scratch.memory) + (long)(c->record ? t : part) * c->width * LANES;
+        float *y = input + cols * LANES;
+        pack(c->a, c->a_stride, c->batch, t, c->a_cols, input);
+        pack(c->b, c->b_stride, c->batch, t, c->b_cols, input + c->a_cols * LANES);
+        for (const net *n = c->nets; n < c->nets + c->count; n++) {
+            const layer *last = n->l + n->depth - 1;
+            const float *x = input;
+            for (const layer *l = n->l; l <= last; l++) {
+                gather(0, l, n->flat, 0, l->rows, x, y, l < last, 0);
+                x = y, y += l->rows * LANES;
+            }
+            unpack(x, last->rows, c->batch, t, last->rows, n->out);
+        }
     }
 }
+// Gradients of a layer's outputs stand in scratch [tile of the chunk][as in acts, of one net][LANES].
 static void backward_inputs(const call *c, int part, int parts) {
-    const layer *last = c->l + c->depth - 1;
-    for (int t = c->count * part / parts; t < c->count * (part + 1) / parts; t++) {
-        const float *x = c->acts + ((long)(c->first + t) * c->width + c->width - last->rows) * LANES;
-        float *d = c->dacts + ((long)t * c->width + c->width - last->rows) * LANES;
-        pack(c->dout, last->rows, c->batch, c->first + t, last->rows, d);
-        for (const layer *l = last; l > c->l; l--) {
-            x -= l->cols * LANES, d -= l->cols * LANES;
-            gather(1, l, 0, l->cols, d + l->cols * LANES, d, 0, x);
+    const net *n = c->nets + c->at;
+    const layer *last = n->l + n->depth - 1;
+    const int cols = c->a_cols + c->b_cols;
+    long at = cols;
+    for (int i = 0; i < c->at; i++) at += c->nets[i].width;
+    for (int t = c->chunk * part / parts; t < c->chunk * (part + 1) / parts; t++) {
+        const float *y = c->acts + ((long)(c->first + t) * c->width + at + n->width - last->rows) * LANES;
+        float *d = scratch.memory + ((long)t * (cols + n->width) + cols + n->width - last->rows) * LANES;
+        pack(n->dout, last->rows, c->batch, c->first + t, last->rows, d);
+        for (const layer *l = last; l > n->l; l--) {
+            y -= l->cols * LANES, d -= l->cols * LANES;
+            gather(1, l, 0, 0, l->cols, d + l->cols * LANES, d, 0, y);
         }
-        float *dx = d - c->l->cols * LANES;
+        float *dx = d - cols * LANES;
         if (c->da) {
-            gather(1, c->l, 0, c->a_cols, d, dx, 0, 0);
-            unpack(dx, c->a_cols, c->batch, c->first + t, c->a_cols, c->da);
+            gather(1, n->l, 0, 0, c->a_cols, d, dx, 0, 0);
+            unpack(dx, c->a_cols, c->batch, c->first + t, c->a_cols, c->da + (long)c->at * c->batch * c->a_cols);
         }
         if (c->db) {
-            gather(1, c->l, c->a_cols, c->b_cols, d, dx, 0, 0);
-            unpack(dx, c->b_cols, c->batch, c->first + t, c->b_cols, c->db);
+            gather(1, n->l, 0, c->a_cols, c->b_cols, d, dx, 0, 0);
+            unpack(dx, c->b_cols, c->batch, c->first + t, c->b_cols, c->db + (long)c->at * c->batch * c->b_cols);
         }
     }
 }
 // A thread takes a share of each layer's rows, never of the batch: bits don't depend on the number of threads.
 static void backward_weights(const call *c, int part, int parts) {
-    const float *x = c->acts + (long)c->first * c->width * LANES, *dy = c->dacts;
-    for (const layer *l = c->l; l < c->l + c->depth; l++) {
+    const net *n = c->nets + c->at;
+    const int cols = c->a_cols + c->b_cols;
+    const float *input = c->acts + (long)c->first * c->width * LANES, *x = input, *dy = scratch.memory + cols * LANES;
+    const float *y = input + cols * LANES;
+    for (int i = 0; i < c->at; i++) y += c->nets[i].width * LANES;
+    for (const layer *l = n->l; l < n->l + n->depth; l++) {
         const int from = l->rows * part / parts, to = l->rows * (part + 1) / parts;
-        dy += l->cols * LANES;
+        const long dy_width = cols + n->width;
+        float *dval = n->grad + l->start;
         if (!c->first) {
-            memset(l->dbias + from, 0, (to - from) * sizeof(float));
-            memset(l->dval + (long)from * l->kept, 0, (long)(to - from) * l->kept * sizeof(float));
+            memset(dval + (long)from * l->kept, 0, (long)(to - from) * l->kept * sizeof(float));
+            memset(dval + (long)l->rows * l->kept + from, 0, (to - from) * sizeof(float));
         }
-        for (int t = 0; t < c->count; t += c->count - t < TILES ? 1 : TILES)
+        for (int t = 0; t < c->chunk; t += c->chunk - t < TILES ? 1 : TILES)
             for (int r = from; r < to; r += 256) {
                 const int end = r + 256 < to ? r + 256 : to;
-                const long at = (long)t * c->width * LANES;
-                if (c->count - t < TILES) grad_weight(1, l, c->width, r, end, dy + at, x + at);
-                else grad_weight(TILES, l, c->width, r, end, dy + at, x + at);
+                const float *dt = dy + t * dy_width * LANES, *xt = x + (long)t * c->width * LANES;
+                if (c->chunk - t < TILES) grad_weight(1, l, dval, r, end, dt, dy_width, xt, c->width);
+                else grad_weight(TILES, l, dval, r, end, dt, dy_width, xt, c->width);
             }
-        x += l->cols * LANES;
+        x = y, y += l->rows * LANES, dy += l->rows * LANES;
     }
 }
-// One observation: plain dot products. acts: the input and the hidden layers' outputs, one after another.
+// One observation: plain dot products.
 static void single(const call *c) {
-    float *x = c->acts, *y = c->out;
-    memcpy(x, c->a, c->a_cols * sizeof(float));
-    if (c->b_cols) memcpy(x + c->a_cols, c->b, c->b_cols * sizeof(float));
-    for (const layer *l = c->l; l < c->l + c->depth; l++) {
-        y = l == c->l + c->depth - 1 ? c->out : x + l->cols;
-        for (int r = 0; r < l->rows; r++) {
-            const uint16_t *idx = l->idx + (long)r * l->kept;
-            const float *val = l->val + (long)r * l->kept;
-            float s[8] = {l->bias[r]};
-            int k = 0;
-            for (; k + 7 < l->kept; k += 8)
-                for (int i = 0; i < 8; i++) s[i] += val[k + i] * x[idx[k + i]];
-            for (; k < l->kept; k++) s[0] += val[k] * x[idx[k]];
-            const float sum = ((s[0] + s[4]) + (s[1] + s[5])) + ((s[2] + s[6]) + (s[3] + s[7]));
-            y[r] = y != c->out && sum <= 0 ? 0 : sum;
+    for (const net *n = c->nets; n < c->nets + c->count; n++) {
+        float *x = scratch.memory, *y;
+        memcpy(x, c->a, c->a_cols * sizeof(float));
+        if (c->b_cols) memcpy(x + c->a_cols, c->b, c->b_cols * sizeof(float));
+        for (const layer *l = n->l; l < n->l + n->depth; l++, x = y) {
+            const float *bias = n->flat + l->start + l->rows * l->kept;
+            y = l == n->l + n->depth - 1 ? n->out : x + l->cols;
+            for (int r = 0; r < l->rows; r++) {
+                const uint16_t *idx = l->idx + (long)r * l->kept;
+                const float *val = n->flat + l->start + (long)r * l->kept;
+                float s[8] = {bias[r]};
+                int k = 0;
+                for (; k + 7 < l->kept; k += 8)
+                    for (int i = 0; i < 8; i++) s[i] += val[k + i] * x[idx[k + i]];
+                for (; k < l->kept; k++) s[0] += val[k] * x[idx[k]];
+                const float sum = ((s[0] + s[4]) + (s[1] + s[5])) + ((s[2] + s[6]) + (s[3] + s[7]));
+                y[r] = y != n->out && sum <= 0 ? 0 : sum;
+            }
         }
-        x = y;
     }
 }
 
@@ -1493,9 +1557,9 @@ static void split(task *run, const call *c) {
 }
 static void forked(void) {  // a child process has none of the threads
     pthread_mutex_init(&pool.busy, 0), pthread_mutex_init(&pool.lock, 0), pthread_cond_init(&pool.wake, 0);
-    pool.ready = pool.wanted = 1;
+    pool.ready = pool.wanted = 1, scratch.size = 0, scratch.memory = 0;
 }
-int nm_threads(int wanted) {  // returns the tiles that acts without record and dacts must have room for
+void nm_threads(int wanted) {
     pthread_t thread;
     pthread_mutex_lock(&pool.busy);
     if (pool.ready == 1 && wanted > 1) pthread_atfork(0, 0, forked);
@@ -1504,28 +1568,40 @@ int nm_threads(int wanted) {  // returns the tiles that acts without record and 
         while (pool.ready == made) sched_yield();
     }
     pool.wanted = wanted < pool.ready ? wanted : pool.ready;
-    const int room = (wanted + TILES - 1) / TILES * TILES;
     pthread_mutex_unlock(&pool.busy);
-    return room;
 }
 int nm_lanes(void) { return LANES; }
-void nm_forward(const call *c) {
-    if (c->batch == 1 && !c->record) { single(c); return; }
-    pthread_mutex_lock(&pool.busy);
-    split(forward, c);
-    pthread_mutex_unlock(&pool.busy);
+static int reserve(size_t tiles, size_t width) {
+    const size_t size = tiles * width * LANES * sizeof(float);
+    if (size <= scratch.size) return 1;
+    free(scratch.memory);
+    scratch.memory = aligned_alloc(LANES * sizeof(float), size), scratch.size = scratch.memory ? size : 0;
+    return scratch.size > 0;
 }
-void nm_backward(call *c) {
+int nm_forward(const call *c) {  // returns 0 if there is no memory
     pthread_mutex_lock(&pool.busy);
-    const int chunk = (pool.wanted + TILES - 1) / TILES * TILES;
-    for (const layer *l = c->l + !(c->da || c->db); l < c->l + c->depth; l++)
-        for (int k = 0; k < l->rows * l->kept; k++) l->tval[k] = l->val[l->tpos[k]];
-    for (c->first = 0; c->first < c->tiles; c->first += chunk) {
-        c->count = c->tiles - c->first < chunk ? c->tiles - c->first : chunk;
-        split(backward_inputs, c);
-        if (c->weights) split(backward_weights, c);
+    const int single_path = c->batch == 1 && !c->record, done = c->record || reserve(pool.wanted, c->width);
+    if (done && single_path) single(c);
+    else if (done) split(forward, c);
+    pthread_mutex_unlock(&pool.busy);
+    return done;
+}
+int nm_backward(call *c) {
+    int chunk, done = 1;
+    pthread_mutex_lock(&pool.busy);
+    chunk = (pool.wanted + TILES - 1) / TILES * TILES;
+    for (c->at = 0; c->at < c->count && (done = reserve(chunk, c->width)); c->at++) {
+        const net *n = c->nets + c->at;
+        for (const layer *l = n->l + !(c->da || c->db); l < n->l + n->depth; l++)
+            for (int k = 0; k < l->rows * l->kept; k++) l->tval[k] = n->flat[l->start + l->tpos[k]];
+        for (c->first = 0; c->first < c->tiles; c->first += chunk) {
+            c->chunk = c->tiles - c->first < chunk ? c->tiles - c->first : chunk;
+            split(backward_inputs, c);
+            if (c->weights) split(backward_weights, c);
+        }
     }
     pthread_mutex_unlock(&pool.busy);
+    return done;
 }
 
 // Fill ends[which] from idx; for BACK also tidx and tpos, by counting sort.
@@ -1555,46 +1631,49 @@ void nm_index(const layer *l, int which) {
 """
 
 
-class Layer(ctypes.Structure):
-    _fields_ = [(name, ctypes.c_int32) for name in ("rows", "cols", "kept")]
-    _fields_ += [("blocks", ctypes.c_int32 * 3), ("block", ctypes.c_int32 * 3), ("ends", ctypes.c_void_p * 3)]
-    _fields_ += [(name, ctypes.c_void_p) for name in ("idx", "tidx", "tpos", "val", "bias", "tval", "dval", "dbias")]
+def structure(name: str, **fields) -> type[ctypes.Structure]:
+    kinds = {"i": ctypes.c_int32, "l": ctypes.c_int64, "p": ctypes.c_void_p}
+    return type(name, (ctypes.Structure,), {"_fields_": [(key, kinds.get(kind, kind)) for key, kind in fields.items()]})
 
 
-class Call(ctypes.Structure):
-    _fields_ = [("l", ctypes.POINTER(Layer))]
-    _fields_ += [(name, ctypes.c_int32) for name in "depth width batch tiles a_cols b_cols record weights".split()]
-    _fields_ += [(name, ctypes.c_int64) for name in ("a_stride", "b_stride")]
-    _fields_ += [(name, ctypes.c_void_p) for name in ("a", "b", "dout", "acts", "out", "dacts", "da", "db")]
-    _fields_ += [("first", ctypes.c_int32), ("count", ctypes.c_int32)]
+THREE = ctypes.c_int32 * 3
+Layer = structure("Layer", rows="i", cols="i", kept="i", start="i", blocks=THREE, block=THREE, ends=ctypes.c_void_p * 3,
+                  idx="p", tidx="p", tpos="p", tval="p")  # fmt: skip
+Net = structure("Net", l="p", depth="i", width="i", flat="p", dout="p", grad="p", out="p")
+Call = structure("Call", nets="p", count="i", width="i", batch="i", tiles="i", a_cols="i", b_cols="i", record="i",
+                 weights="i", a_stride="l", b_stride="l", a="p", b="p", acts="p", da="p", db="p", first="i", chunk="i",
+                 at="i")  # fmt: skip
 
 
 class Plan:
-    """A network as the kernels see it, with the index by columns for grad-input; made anew when a mask changes."""
+    """Networks on the same inputs as the kernels see them, with each index by columns too; made anew for new masks."""
 
-    def __init__(self, net: nn.Module):
-        self.modules, self.memory, self.lib = list(net.children()), [], load_kernels()
-        self.indices = [layer.index for layer in nm_layers(net).values()]
+    def __init__(self, nets: list[nn.Module]):
+        self.lib, self.memory, self.free = load_kernels(), [], []
+        self.modules = [list(net.children()) for net in nets]
         self.state = index_state(self.modules)
-        self.layers = (Layer * len(self.modules))()
-        for layer, module in zip(self.layers, self.modules, strict=True):
-            layer.rows, layer.cols = module.bias.shape[0], module.in_features
+        self.layers = [self.make_layers(modules) for modules in self.modules]
+        self.widths = [sum(layer.rows for layer in layers) for layers in self.layers]
+        self.cols = self.layers[0][0].cols
+        self.width = self.cols + sum(self.widths)
+
+    def make_layers(self, modules: list[nn.Module]) -> ctypes.Array:
+        layers = (Layer * len(modules))()
+        for layer, module in zip(layers, modules, strict=True):
+            (layer.rows, layer.kept), layer.cols, layer.start = module.index.shape, module.W.shape[1], module.start
             if layer.cols > 65_536:
                 raise ValueError("the N:M kernels take layers of up to 65,536 inputs: use --kernel torch")
-            index = getattr(module, "index", torch.arange(layer.cols).expand(layer.rows, -1))  # a dense layer keeps all
-            layer.kept = index.shape[1]
-            layer.idx = self.hold(index.to(torch.uint16).contiguous())
-            layer.tidx = self.hold(torch.empty(index.numel(), dtype=torch.uint16))
-            layer.tpos = self.hold(torch.empty(index.numel(), dtype=torch.int32))
-            layer.tval = self.hold(torch.empty(index.numel()))
+            count = module.index.numel()
+            layer.idx = self.hold(module.index.to(torch.uint16).contiguous())
+            layer.tidx = self.hold(torch.empty(count, dtype=torch.uint16))
+            layer.tpos, layer.tval = (self.hold(torch.empty(count, dtype=kind)) for kind in (torch.int32, torch.float))
             blocks = (layer.cols, 128), (layer.rows, 128), (layer.cols, max(64, 8 * layer.cols // layer.kept))
-            for which, (length, block) in enumerate(blocks):  # forward, grad-input: a block stays in the L1 cache
+            for which, (length, block) in enumerate(blocks):  # what a block of x takes stays in the L1 cache
                 layer.block[which], layer.blocks[which] = block, -(-length // block)
                 size = 2 * layer.blocks[which] * (layer.rows + layer.cols - length)
                 layer.ends[which] = self.hold(torch.empty(size, dtype=torch.int32))
                 self.lib.nm_index(ctypes.byref(layer), which)
-        self.width = self.layers[0].cols + sum(layer.rows for layer in self.layers)
-        self.outputs = self.layers[-1].rows
+        return layers
 
     def __deepcopy__(self, memo):
         return None  # addresses are those of the original: a copied network makes its own plan
@@ -1603,75 +1682,88 @@ class Plan:
         self.memory.append(tensor)
         return tensor.data_ptr()
 
-    def call(self, inputs, parameters, record=0, weights=0, out=0, acts=0, dout=0, dacts=0, da=0, db=0) -> Call:
-        for layer, value, bias in zip(self.layers, parameters[::2], parameters[1::2], strict=True):
-            layer.val, layer.bias = value.data_ptr(), bias.data_ptr()
-        a, b = inputs if len(inputs) == 2 else (inputs[0], None)
-        batch = a.shape[0]
-        b_cols, b_stride, b_pointer = (0, 0, 0) if b is None else (b.shape[1], b.stride(0), b.data_ptr())
-        return Call(
-            self.layers, len(self.layers), self.width, batch, -(-batch // self.lib.lanes), a.shape[1], b_cols, record,
-            weights, a.stride(0), b_stride, a.data_ptr(), b_pointer, dout, acts, out, dacts, da, db,
-        )  # fmt: skip
+    def run(self, entry, inputs, flats, douts=None, grads=None, outs=None, record=False, acts=None, dx=(None, None)):
+        pointers = ([t.data_ptr() for t in x] if x else [None] * len(flats) for x in (flats, douts, grads, outs))
+        nets = zip(map(ctypes.addressof, self.layers), map(len, self.layers), self.widths, *pointers, strict=True)
+        nets = (Net * len(flats))(*nets)
+        (batch, a_cols), a_stride, a = inputs[0].shape, inputs[0].stride(0), inputs[0].data_ptr()
+        b_cols, b_stride, b = 0, 0, 0
+        if len(inputs) == 2:
+            b_cols, b_stride, b = inputs[1].shape[1], inputs[1].stride(0), inputs[1].data_ptr()
+        call = Call(ctypes.addressof(nets), len(nets), self.width, batch, -(-batch // self.lib.lanes), a_cols, b_cols,
+                    record, grads is not None, a_stride, b_stride, a, b, acts, *dx)  # fmt: skip
+        if not entry(ctypes.byref(call)):
+            raise MemoryError("no memory for the N:M kernels")
 
-    def forward(self, inputs, parameters, record: bool) -> tuple[torch.Tensor, torch.Tensor]:
-        batch = inputs[0].shape[0]
-        tiles = -(-batch // self.lib.lanes) if record else self.lib.room
-        acts = torch.empty(tiles * self.lib.lanes * self.width)  # the call's own: two forwards may precede a backward
-        out = torch.empty(batch, self.outputs)
-        call = self.call(inputs, parameters, record=record, acts=acts.data_ptr(), out=out.data_ptr())
-        self.lib.nm_forward(ctypes.byref(call))
-        return out, acts
+    def forward(self, inputs, flats, lease=None) -> list[torch.Tensor]:
+        outs = [torch.empty(inputs[0].shape[0], layers[-1].rows) for layers in self.layers]
+        self.run(self.lib.nm_forward, inputs, flats, outs=outs, record=lease is not None, acts=lease and lease.address)
+        return outs
+
+
+class Lease:
+    """Memory for the activations of a forward pass: its own until its graph is gone, then that of a later pass."""
+
+    def __init__(self, free: list[torch.Tensor], size: int):
+        self.free, self.memory = free, None
+        with contextlib.suppress(IndexError):
+            self.memory = free.pop()
+        if self.memory is None or self.memory.numel() != size:
+            self.memory = torch.empty(size)
+        self.address = self.memory.data_ptr()
+
+    def __del__(self):
+        self.free.append(self.memory)
 
 
 class KernelMLP(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, plan: Plan, count: int, *tensors: torch.Tensor) -> torch.Tensor:
-        out, acts = plan.forward(tensors[:count], tensors[count:], record=True)
-        ctx.plan, ctx.count = plan, count
-        ctx.save_for_backward(*tensors, acts, *plan.indices)  # changed in place before backward: torch raises
-        return out
+    def forward(ctx, plan: Plan, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        inputs, flats = tensors[: -len(plan.layers)], tensors[-len(plan.layers) :]
+        lanes = plan.lib.lanes
+        ctx.plan, ctx.lease = plan, Lease(plan.free, -(-len(inputs[0]) // lanes) * lanes * plan.width)
+        ctx.save_for_backward(*tensors)  # changed in place before backward: torch raises
+        return tuple(plan.forward(inputs, flats, ctx.lease))
 
     @staticmethod
-    def backward(ctx, dout: torch.Tensor):
+    def backward(ctx, *douts: torch.Tensor):
+        plan, tensors, needed = ctx.plan, ctx.saved_tensors, ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():
             raise RuntimeError("the N:M kernels have no second derivative: use --kernel torch")
-        plan, lib, count, saved, needed = ctx.plan, ctx.plan.lib, ctx.count, ctx.saved_tensors, ctx.needs_input_grad[2:]
-        inputs, parameters, acts = saved[:count], saved[count : len(needed)], saved[len(needed)]
-        dacts, dout = torch.empty(lib.room * lib.lanes * plan.width), dout.contiguous()
-        grads = [torch.empty(x.shape) if need else None for x, need in zip(inputs, needed, strict=False)]
-        da, db = (0 if grad is None else grad.data_ptr() for grad in (*grads, None)[:2])
-        weights = any(needed[count:])
-        if weights:
-            parts = [torch.empty_like(p) for p in parameters]
-            for layer, dval, dbias in zip(plan.layers, parts[::2], parts[1::2], strict=True):
-                layer.dval, layer.dbias = dval.data_ptr(), dbias.data_ptr()
-        pointers = {"acts": acts.data_ptr(), "dout": dout.data_ptr(), "dacts": dacts.data_ptr(), "da": da, "db": db}
-        lib.nm_backward(ctypes.byref(plan.call(inputs, parameters, weights=weights, **pointers)))
-        return None, None, *grads, *(parts if weights else [None] * len(parameters))
+        if plan.state != index_state(plan.modules):
+            raise RuntimeError("a mask was modified by an inplace operation between forward and backward")
+        count = len(tensors) - len(douts)
+        inputs, flats = tensors[:count], tensors[count:]
+        dx = [torch.empty(len(flats), *x.shape) if need else None for x, need in zip(inputs, needed, strict=False)]
+        grads = [torch.empty_like(flat) for flat in flats] if any(needed[count:]) else None
+        pointers = [d if d is None else d.data_ptr() for d in (*dx, None)[:2]]
+        douts = [dout.contiguous() for dout in douts]
+        plan.run(plan.lib.nm_backward, inputs, flats, douts, grads, acts=ctx.lease.address, dx=pointers)
+        return None, *(d if d is None else d.sum(0) for d in dx), *(grads or [None] * len(flats))
 
 
-def index_state(modules: list[nn.Module]) -> list[tuple[int, int]]:
+def index_state(modules: list[list[nn.Module]]) -> list[tuple[int, int]]:
     """Changes whenever the index of an N:M layer does."""
-    indices = [module._buffers["index"] for module in modules if "index" in module._buffers]
+    indices = [module._buffers["index"] for net in modules for module in net]
     return [(id(index), index._version) for index in indices]
 
 
-def nm_mlp(net: nn.Module, *inputs: torch.Tensor) -> torch.Tensor:
-    """mlp() by the kernels, a whole pass per call: inputs [B, ...] (one or two, float32, CPU) -> [B, out]."""
-    plan = net.plan
+def nm_mlp(nets: list[nn.Module], *inputs: torch.Tensor) -> list[torch.Tensor]:
+    """mlp() by the kernels, a whole pass per call: inputs [B, ...] (one or two, float32, CPU) -> [B, out] of each."""
+    plans, key = nets[0].plans, tuple(map(id, nets))
+    plan = plans.get(key)
     if plan is None or plan.state != index_state(plan.modules):
-        plan = net.plan = Plan(net)
+        plan = plans[key] = Plan(nets)
     inputs = [x if x.stride(1) == 1 else x.contiguous() for x in inputs]
-    parameters = [p for module in plan.modules for p in module._parameters.values()]
+    flats = [modules[0]._parameters["flat"] for modules in plan.modules]
     batch, widths = {x.shape[0] for x in inputs}, sum(x.shape[1] for x in inputs)
-    floats = all(x.dtype == torch.float32 and not x.is_cuda for x in (*inputs, *parameters))
-    if not floats or len(batch) > 1 or widths != plan.layers[0].cols:
+    floats = all(x.dtype == torch.float32 and not x.is_cuda for x in (*inputs, *flats))
+    if not floats or len(batch) > 1 or widths != plan.cols:
         shapes = [(tuple(x.shape), x.dtype) for x in inputs]
-        raise ValueError(f"the N:M kernels take float32 [B, {plan.layers[0].cols}] in all on the CPU, not {shapes}")
+        raise ValueError(f"the N:M kernels take float32 [B, {plan.cols}] in all on the CPU, not {shapes}")
     if torch.is_grad_enabled():
-        return KernelMLP.apply(plan, len(inputs), *inputs, *parameters)
-    return plan.forward(inputs, parameters, record=False)[0]
+        return KernelMLP.apply(plan, *inputs, *flats)
+    return plan.forward(inputs, flats)
 
 
 @cache
@@ -1715,7 +1807,7 @@ def pick_kernel(args: Args) -> str:
         return "torch"
     try:
         library = load_kernels()
-        library.room = library.nm_threads(args.threads)
+        library.nm_threads(args.threads)
         slow = library.lanes < 32 and 4 * args.n > args.m  # without AVX 2:4 was 0.7x, 1:4 1.25x dense
         return "torch" if slow and args.kernel == "auto" else "nm"
     except OSError as error:
