@@ -49,11 +49,12 @@ def test_layer_is_a_linear_layer_with_zeros(rnm):
     expected = x @ W.T + dense.bias
     assert torch.allclose(y, expected, rtol=0, atol=1e-14)
     gy = torch.randn_like(y)
-    gx, gv = torch.autograd.grad(y, [x, layer.values], gy)
+    gx, gflat = torch.autograd.grad(y, [x, layer.flat], gy)
     ex, ew = torch.autograd.grad(expected, [x, W], gy)
-    assert torch.allclose(gx, ex, atol=1e-14) and torch.allclose(gv, ew.gather(1, layer.index), atol=1e-14)
+    expected = torch.cat([ew.gather(1, layer.index).flatten(), gy.sum(0)])
+    assert torch.allclose(gx, ex, atol=1e-14) and torch.allclose(gflat, expected, atol=1e-14)
     assert torch.autograd.gradcheck(
-        lambda x, v: torch.func.functional_call(layer, {"values": v}, (x,)), (x, layer.values.detach().requires_grad_())
+        lambda x, v: torch.func.functional_call(layer, {"flat": v}, (x,)), (x, layer.flat.detach().requires_grad_())
     )
 
 
@@ -122,8 +123,8 @@ def test_moments_travel_with_their_weights(rnm):
     assert not agent.q_optimizer.state
     for update in range(1, 201):
         rnm.update_agent(agent, rb, args, rng, update)
-    layer, state = agent.qf1.fc1, agent.q_optimizer.state[agent.qf1.fc1.values]
-    old_index, old = layer.index.clone(), {k: state[k].clone() for k in ("exp_avg", "exp_avg_sq")}
+    layer, state = agent.qf1.fc1, agent.q_optimizer.state[agent.qf1.fc1.flat]
+    old_index, old = layer.index.clone(), {k: layer.packed(state[k]).clone() for k in ("exp_avg", "exp_avg_sq")}
     with torch.no_grad():  # push one active weight of each row out of its group
         layer.values[:, 0] = 0.0
     rnm.refresh_masks(agent)
@@ -131,14 +132,14 @@ def test_moments_travel_with_their_weights(rnm):
     assert left.any()
     for key, moments in old.items():
         dense = torch.zeros_like(layer.W).scatter(1, old_index, moments)
-        assert torch.equal(state[key], dense.gather(1, layer.index))  # newcomers were never active: zero
-        assert (state[key][left, 0] == 0).all()
+        assert torch.equal(layer.packed(state[key]), dense.gather(1, layer.index))  # newcomers were never active: zero
+        assert (layer.packed(state[key])[left, 0] == 0).all()
     with torch.no_grad():  # and back again: the stored moments return
         layer.values[left, 0] = 0.0
         layer.W.scatter_(1, old_index[:, :1], torch.full_like(layer.W[:, :1], 9.0))
     rnm.refresh_masks(agent)
     assert torch.equal(layer.index[left, 0], old_index[left, 0])
-    assert torch.equal(state["exp_avg"][left, 0], old["exp_avg"][left, 0])
+    assert torch.equal(layer.packed(state["exp_avg"])[left, 0], old["exp_avg"][left, 0])
 
 
 def test_targets_have_own_weights_and_the_online_mask(rnm):
@@ -169,31 +170,31 @@ def test_target_and_losses_by_hand(script):
             for p in net.parameters():
                 p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
     data = rb.sample(64, rng["replay"])
-    data = data._replace(dones=(torch.arange(64) % 2).float())
+    data = data._replace(dones=(torch.arange(64) % 2).float().unsqueeze(1))
     state = {k: {n: t.clone() for n, t in s.items()} for k, s in script.dense_state(agent).items()}
-    noise = torch.randn(64, 2, generator=copy_generator(rng["smoothing"])).double().numpy()
+    noise = torch.empty(64, 2).normal_(0.0, 2.0, generator=copy_generator(rng["smoothing"])).double().numpy()
 
     low, high = np.array([-1.0, 0.5]), np.array([0.5, 2.0])
     scale, bias = (high - low) / 2, (high + low) / 2
     assert np.allclose(agent.actor.action_scale, scale) and np.allclose(agent.actor.action_bias, bias)
-    assert (np.abs(noise * 2.0) > 0.5).any()
+    assert (np.abs(noise) > 0.5).any()
     action = np.tanh(numpy_forward(state["target_actor"], data.next_observations, head="fc_mu")) * scale + bias
-    action = np.clip(action + np.clip(noise * 2.0, -0.5, 0.5) * scale, low, high)
+    action = np.clip(action + np.clip(noise, -0.5, 0.5) * scale, low, high)
     assert ((action == low) | (action == high)).any()
-    q1, q2 = (numpy_forward(state[f"qf{i}_target"], data.next_observations, action, head="fc3")[:, 0] for i in (1, 2))
+    q1, q2 = (numpy_forward(state[f"qf{i}_target"], data.next_observations, action, head="fc3") for i in (1, 2))
     y = data.rewards.double().numpy() + 0.99 * (1 - data.dones.double().numpy()) * np.minimum(q1, q2)
-    losses = script.update_critics(agent, data, args, rng["smoothing"])
+    losses = script.mean_losses(script.update_critics(agent, data, args, rng["smoothing"]))
     for i in (1, 2):
-        values = numpy_forward(state[f"qf{i}"], data.observations, data.actions, head="fc3")[:, 0]
+        values = numpy_forward(state[f"qf{i}"], data.observations, data.actions, head="fc3")
         assert losses[f"losses/qf{i}_values"] == pytest.approx(values.mean(), rel=1e-5)
         assert losses[f"losses/qf{i}_loss"] == pytest.approx(((values - y) ** 2).mean(), rel=1e-5)
     assert losses["losses/qf_loss"] == pytest.approx((losses["losses/qf1_loss"] + losses["losses/qf2_loss"]) / 2)
 
     state = script.dense_state(agent)
     action = np.tanh(numpy_forward(state["actor"], data.observations, head="fc_mu")) * scale + bias
-    value = numpy_forward(state["qf1"], data.observations, action, head="fc3")[:, 0]
+    value = numpy_forward(state["qf1"], data.observations, action, head="fc3")
     grads = [p.grad.clone() for p in agent.qf1.parameters()]
-    loss = script.update_actor(agent, data)["losses/actor_loss"]
+    loss = script.update_actor(agent, data)["losses/actor_loss"].item()
     assert loss == pytest.approx(-value.mean(), rel=1e-5)
     assert all(torch.equal(p.grad, g) for p, g in zip(agent.qf1.parameters(), grads, strict=True))  # critic untouched
 
@@ -240,8 +241,8 @@ def test_replay_ring_and_its_files(script, tmp_path):
     i = batch.observations[:, 0]
     assert set(i.tolist()) == set(range(25, 75))
     assert torch.equal(batch.next_observations, (i + 1)[:, None].expand(-1, 3))
-    assert torch.equal(batch.actions, torch.stack([i, -i], 1)) and torch.equal(batch.rewards, i * 10)
-    assert torch.equal(batch.dones, i % 2)
+    assert torch.equal(batch.actions, torch.stack([i, -i], 1)) and torch.equal(batch.rewards, i[:, None] * 10)
+    assert torch.equal(batch.dones, i[:, None] % 2)
     counts = torch.bincount(i.long(), minlength=75)[25:]
     assert counts.min() > 40 and counts.max() < 130  # 80 +- 9 each
 
