@@ -75,46 +75,81 @@ print(json.dumps(marks))
 """
 
 
-def configurations(args: Args) -> dict[str, list[str]]:
-    """Label -> command. A width of about 0.336 times the hidden one has as many weights as 1:8 keeps of 256."""
+BF16 = """
+import runpy, sys, torch
+torch.autocast("cpu", torch.bfloat16, cache_enabled=False).__enter__()  # a cache would keep the first weights for ever
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def configurations(args: Args) -> dict[str, tuple[list[str], int, int]]:
+    """Label -> (command, threads of a run, runs at once). Of 256 units 0.336 have as many weights as 1:8 keeps."""
     common = [
         f"--env-id={args.env_id}", f"--total-timesteps={1000 + args.steps}", "--learning-starts=1000", "--no-track",
-        "--eval-interval=1000000000", "--eval-episodes=1", f"--threads={args.threads}", "--buffer-size=100000",
+        "--eval-interval=1000000000", "--eval-episodes=1", "--buffer-size=100000",
     ]  # fmt: skip
-    width = f"--hidden-dim={args.hidden_dim}"
-    rnm, dense = ([sys.executable, str(HERE / f"{name}_td3_continuous.py"), *common] for name in ("rnm", "dense"))
+    width, threads = f"--hidden-dim={args.hidden_dim}", args.threads
+    rnm, dense = ([str(HERE / f"{name}_td3_continuous.py"), *common] for name in ("rnm", "dense"))
     narrow = round(args.hidden_dim * 0.336)
-    found = {"dense": [*dense, width], f"dense, width {narrow}": [*dense, f"--hidden-dim={narrow}"]}
+    found = {"dense": ([*dense, width], threads, 1)}
+    if torch.backends.cpu.get_cpu_capability() == "AVX512" or platform.machine() != "x86_64":
+        found["dense, bf16 autocast"] = (["-c", BF16, *dense, width], threads, 1)
+    found[f"dense, width {narrow}"] = ([*dense, f"--hidden-dim={narrow}"], threads, 1)
     for n, m in ((2, 4), (1, 4), (1, 8)):
-        found[f"{n}:{m}"] = [*rnm, width, f"--n={n}", f"--m={m}"]
-    found["1:8, --kernel torch"] = [*rnm, width, "--n=1", "--m=8", "--kernel=torch"]
+        found[f"{n}:{m}"] = ([*rnm, width, f"--n={n}", f"--m={m}"], threads, 1)
+    sparse = [*rnm, width, "--n=1", "--m=8"]
+    found["1:8, --kernel torch"] = ([*sparse, "--kernel=torch"], threads, 1)
     for label, name, module in (("SB3", "sb3", "stable_baselines3"), ("SBX (JAX)", "sbx", "sbx")):
         if importlib.util.find_spec(module):
-            numbers = map(str, (args.hidden_dim, args.steps, args.threads))
-            found[label] = [sys.executable, "-c", PEER, name, args.env_id, *numbers]
+            numbers = map(str, (args.hidden_dim, args.steps, threads))
+            found[label] = (["-c", PEER, name, args.env_id, *numbers], threads, 1)
+    if len(os.sched_getaffinity(0)) >= 2 * threads:
+        found[f"1:8, {2 * threads} threads"] = (sparse, 2 * threads, 1)
+        found["1:8, two runs at once"] = (sparse, threads, 2)
     return found
 
 
-def run_once(command: list[str], args: Args) -> tuple[float, float | None]:
-    """(environment steps per second, milliseconds per update or None) of one run; raises RuntimeError if it fails."""
-    cores = sorted(os.sched_getaffinity(0))[-args.threads :]
-    flags = f"--xla_cpu_multi_thread_eigen={str(args.threads > 1).lower()} intra_op_parallelism_threads={args.threads}"
-    environment = os.environ | {"OMP_NUM_THREADS": str(args.threads), "XLA_FLAGS": flags}
-    with tempfile.TemporaryDirectory() as folder:
-        own = "-c" not in command
-        done = subprocess.run(
-            [*command, f"--runs-dir={folder}"] if own else command, env=environment, capture_output=True, text=True,
-            preexec_fn=lambda: os.sched_setaffinity(0, cores),
-        )  # fmt: skip
-        if done.returncode:
-            raise RuntimeError(f"{' '.join(command)[:200]} failed:\n{done.stderr[-2000:]}")
-        if not own:
-            marks = json.loads(done.stdout.splitlines()[-1])
-            rates = [(b[0] - a[0]) / (b[1] - a[1]) for a, b in itertools.pairwise(marks) if b[0] > 2000]
-            return statistics.median(rates), None
-        with open(next(Path(folder).glob("*/metrics.csv"))) as file:
-            rows = [row for row in csv.DictReader(file) if row["charts/SPS"] and int(row["global_step"]) > 2000]
-    return tuple(statistics.median(float(row[key]) for row in rows) for key in ("charts/SPS", "charts/update_ms"))
+def run_once(command: list[str], threads: int, copies: int) -> tuple[float, float | None, float]:
+    """Environment steps per second of all copies together, milliseconds per update or None, peak memory in MiB of one.
+
+    Each copy has cores of its own. Raises RuntimeError if one fails.
+    """
+    flags = f"--xla_cpu_multi_thread_eigen={str(threads > 1).lower()} intra_op_parallelism_threads={threads}"
+    environment = os.environ | {"OMP_NUM_THREADS": str(threads), "XLA_FLAGS": flags}
+    cores = sorted(os.sched_getaffinity(0), reverse=True)
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as stack:
+        runs = []
+        for copy in range(copies):
+            folder, own = Path(scratch, str(copy)), cores[copy * threads :][:threads]
+            folder.mkdir()
+            output, errors = (stack.enter_context(open(folder / name, "w+")) for name in ("stdout", "stderr"))
+            extra = [] if PEER in command else [f"--runs-dir={folder}", f"--threads={threads}"]
+            process = subprocess.Popen(
+                [sys.executable, *command, *extra], env=environment, stdout=output, stderr=errors,
+                preexec_fn=lambda own=own: os.sched_setaffinity(0, own),
+            )  # fmt: skip
+            stack.callback(process.kill)
+            runs.append((process, folder, output, errors))
+        rates, update_ms, memory = [], None, 0
+        for process, folder, output, errors in runs:
+            _, status, usage = os.wait4(process.pid, 0)
+            process.returncode = os.waitstatus_to_exitcode(status)
+            if process.returncode:
+                errors.seek(0)
+                raise RuntimeError(f"{' '.join(command)[-300:]} failed:\n{errors.read()[-2000:]}")
+            memory = max(memory, usage.ru_maxrss / 1024)
+            if PEER in command:
+                output.seek(0)
+                marks = json.loads(output.read().splitlines()[-1])
+                found = [(b[0] - a[0]) / (b[1] - a[1]) for a, b in itertools.pairwise(marks) if b[0] > 2000]
+            else:
+                with open(next(folder.glob("*/metrics.csv"))) as file:
+                    rows = [r for r in csv.DictReader(file) if r["charts/SPS"] and int(r["global_step"]) > 2000]
+                found = [float(row["charts/SPS"]) for row in rows]
+                update_ms = statistics.median(float(row["charts/update_ms"]) for row in rows)
+            rates.append(statistics.median(found))
+    return sum(rates), update_ms, memory
 
 
 def main() -> int:
@@ -135,7 +170,7 @@ def main() -> int:
     try:
         for _ in range(args.repetitions):
             for label, command in commands.items():
-                results[label].append(run_once(command, args))
+                results[label].append(run_once(*command))
                 bar.update()
     except KeyboardInterrupt:
         print("stopped: what was measured follows", file=sys.stderr)
@@ -149,7 +184,7 @@ def main() -> int:
 
 def report(args: Args, results: dict[str, list[tuple]]) -> None:
     """Print medians, quartile ranges and ratios; write results.json with all conditions."""
-    rates = {label: [rate for rate, _ in runs] for label, runs in results.items()}
+    rates = {label: [rate for rate, *_ in runs] for label, runs in results.items()}
     median = {label: statistics.median(values) for label, values in rates.items()}
     cpu = platform.machine()
     with contextlib.suppress(OSError, StopIteration):
@@ -169,18 +204,20 @@ def report(args: Args, results: dict[str, list[tuple]]) -> None:
     print(f"{args.env_id}, hidden {args.hidden_dim}, batch 256, {args.threads} thread(s), {cpu}")
     print(f"medians and ranges of {min(map(len, rates.values()))} runs each, in turns")
     others = [label for label in ("dense", "SB3", "SBX (JAX)") if label in median]
-    header = ["", "steps/s", "range", "ms/update", *(f"x {label}" for label in others)]
+    header = ["", "steps/s", "range", "ms/update", "peak MiB", *(f"x {label}" for label in others)]
     table = [header]
     for label, values in rates.items():
-        update = [ms for _, ms in results[label] if ms is not None]
+        update = [ms for _, ms, _ in results[label] if ms is not None]
+        memory = statistics.median(mib for *_, mib in results[label])
         ratios = [f"{median[label] / median[other]:.2f}" for other in others]
         ms = f"{statistics.median(update):.2f}" if update else ""
-        table.append([label, f"{median[label]:.0f}", f"{min(values):.0f}-{max(values):.0f}", ms, *ratios])
+        spread = f"{min(values):.0f}-{max(values):.0f}"
+        table.append([label, f"{median[label]:.0f}", spread, ms, f"{memory:.0f}", *ratios])
     for row in table:
-        print(f"{row[0]:20}" + "".join(f"{cell:>13}" for cell in row[1:]))
+        print(f"{row[0]:22}" + "".join(f"{cell:>11}" for cell in row[1:]))
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    content = {"conditions": conditions, "steps_per_second_and_update_ms": results}
+    content = {"conditions": conditions, "rate_update_ms_peak_mib": results}
     (out / "results.json").write_text(json.dumps(content, indent=1) + "\n")
     print(f"written: {out / 'results.json'}")
 

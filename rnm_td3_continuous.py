@@ -1222,6 +1222,7 @@ def hardware_report(run: Run, env: gym.Env, rb: ReplayBuffer, networks: tuple, s
     times, stop = {(key, name): [] for key in calls for name in agents}, time.perf_counter() + seconds
     while time.perf_counter() < stop:
         for (key, name), values in times.items():
+            calls[key](agents[name])  # so that none finds the caches as another one left them
             start = time.perf_counter()
             calls[key](agents[name])
             if args.device == "cuda":
