@@ -1416,12 +1416,12 @@ static void unpack(const float *src, long stride, int batch, int tile, int cols,
 
 typedef struct {
     const layer *l;
-    int32_t depth, width;  // width: outputs of all layers
-    const float *flat, *dout;
-    float *grad, *out;
+    int64_t depth, width;  // width: outputs of all layers
 } net;
 typedef struct {  // a pass of networks over the same inputs, a and b [batch][...] side by side; ReLU between the layers
     const net *nets;
+    const float *const *flat, *const *dout;  // of each net
+    float *const *grad, *const *out;
     int32_t count, width, batch, tiles, a_cols, b_cols, record, weights;
     int64_t a_stride, b_stride;
     const float *a, *b;
@@ -1438,14 +1438,14 @@ static void forward(const call *c, int part, int parts) {
         float *y = input + cols * LANES;
         pack(c->a, c->a_stride, c->batch, t, c->a_cols, input);
         pack(c->b, c->b_stride, c->batch, t, c->b_cols, input + c->a_cols * LANES);
-        for (const net *n = c->nets; n < c->nets + c->count; n++) {
-            const layer *last = n->l + n->depth - 1;
+        for (int i = 0; i < c->count; i++) {
+            const layer *last = c->nets[i].l + c->nets[i].depth - 1;
             const float *x = input;
-            for (const layer *l = n->l; l <= last; l++) {
-                gather(0, l, n->flat, 0, l->rows, x, y, l < last, 0);
+            for (const layer *l = c->nets[i].l; l <= last; l++) {
+                gather(0, l, c->flat[i], 0, l->rows, x, y, l < last, 0);
                 x = y, y += l->rows * LANES;
             }
-            unpack(x, last->rows, c->batch, t, last->rows, n->out);
+            unpack(x, last->rows, c->batch, t, last->rows, c->out[i]);
         }
     }
 }
@@ -1459,7 +1459,7 @@ static void backward_inputs(const call *c, int part, int parts) {
     for (int t = c->chunk * part / parts; t < c->chunk * (part + 1) / parts; t++) {
         const float *y = c->acts + ((long)(c->first + t) * c->width + at + n->width - last->rows) * LANES;
         float *d = scratch.memory + ((long)t * (cols + n->width) + cols + n->width - last->rows) * LANES;
-        pack(n->dout, last->rows, c->batch, c->first + t, last->rows, d);
+        pack(c->dout[c->at], last->rows, c->batch, c->first + t, last->rows, d);
         for (const layer *l = last; l > n->l; l--) {
             y -= l->cols * LANES, d -= l->cols * LANES;
             gather(1, l, 0, 0, l->cols, d + l->cols * LANES, d, 0, y);
@@ -1485,7 +1485,7 @@ static void backward_weights(const call *c, int part, int parts) {
     for (const layer *l = n->l; l < n->l + n->depth; l++) {
         const int from = l->rows * part / parts, to = l->rows * (part + 1) / parts;
         const long dy_width = cols + n->width;
-        float *dval = n->grad + l->start;
+        float *dval = c->grad[c->at] + l->start;
         if (!c->first) {
             memset(dval + (long)from * l->kept, 0, (long)(to - from) * l->kept * sizeof(float));
             memset(dval + (long)l->rows * l->kept + from, 0, (to - from) * sizeof(float));
@@ -1502,23 +1502,24 @@ static void backward_weights(const call *c, int part, int parts) {
 }
 // One observation: plain dot products.
 static void single(const call *c) {
-    for (const net *n = c->nets; n < c->nets + c->count; n++) {
+    for (int i = 0; i < c->count; i++) {
+        const net *n = c->nets + i;
         float *x = scratch.memory, *y;
         memcpy(x, c->a, c->a_cols * sizeof(float));
         if (c->b_cols) memcpy(x + c->a_cols, c->b, c->b_cols * sizeof(float));
         for (const layer *l = n->l; l < n->l + n->depth; l++, x = y) {
-            const float *bias = n->flat + l->start + l->rows * l->kept;
-            y = l == n->l + n->depth - 1 ? n->out : x + l->cols;
+            const float *bias = c->flat[i] + l->start + l->rows * l->kept;
+            y = l == n->l + n->depth - 1 ? c->out[i] : x + l->cols;
             for (int r = 0; r < l->rows; r++) {
                 const uint16_t *idx = l->idx + (long)r * l->kept;
-                const float *val = n->flat + l->start + (long)r * l->kept;
+                const float *val = c->flat[i] + l->start + (long)r * l->kept;
                 float s[8] = {bias[r]};
                 int k = 0;
                 for (; k + 7 < l->kept; k += 8)
-                    for (int i = 0; i < 8; i++) s[i] += val[k + i] * x[idx[k + i]];
+                    for (int m = 0; m < 8; m++) s[m] += val[k + m] * x[idx[k + m]];
                 for (; k < l->kept; k++) s[0] += val[k] * x[idx[k]];
                 const float sum = ((s[0] + s[4]) + (s[1] + s[5])) + ((s[2] + s[6]) + (s[3] + s[7]));
-                y[r] = y != n->out && sum <= 0 ? 0 : sum;
+                y[r] = y != c->out[i] && sum <= 0 ? 0 : sum;
             }
         }
     }
@@ -1593,7 +1594,7 @@ int nm_backward(call *c) {
     for (c->at = 0; c->at < c->count && (done = reserve(chunk, c->width)); c->at++) {
         const net *n = c->nets + c->at;
         for (const layer *l = n->l + !(c->da || c->db); l < n->l + n->depth; l++)
-            for (int k = 0; k < l->rows * l->kept; k++) l->tval[k] = n->flat[l->start + l->tpos[k]];
+            for (int k = 0; k < l->rows * l->kept; k++) l->tval[k] = c->flat[c->at][l->start + l->tpos[k]];
         for (c->first = 0; c->first < c->tiles; c->first += chunk) {
             c->chunk = c->tiles - c->first < chunk ? c->tiles - c->first : chunk;
             split(backward_inputs, c);
@@ -1639,10 +1640,10 @@ def structure(name: str, **fields) -> type[ctypes.Structure]:
 THREE = ctypes.c_int32 * 3
 Layer = structure("Layer", rows="i", cols="i", kept="i", start="i", blocks=THREE, block=THREE, ends=ctypes.c_void_p * 3,
                   idx="p", tidx="p", tpos="p", tval="p")  # fmt: skip
-Net = structure("Net", l="p", depth="i", width="i", flat="p", dout="p", grad="p", out="p")
-Call = structure("Call", nets="p", count="i", width="i", batch="i", tiles="i", a_cols="i", b_cols="i", record="i",
-                 weights="i", a_stride="l", b_stride="l", a="p", b="p", acts="p", da="p", db="p", first="i", chunk="i",
-                 at="i")  # fmt: skip
+Net = structure("Net", l="p", depth="l", width="l")
+Call = structure("Call", nets="p", flat="p", dout="p", grad="p", out="p", count="i", width="i", batch="i", tiles="i",
+                 a_cols="i", b_cols="i", record="i", weights="i", a_stride="l", b_stride="l", a="p", b="p", acts="p",
+                 da="p", db="p", first="i", chunk="i", at="i")  # fmt: skip
 
 
 class Plan:
@@ -1653,9 +1654,9 @@ class Plan:
         self.modules = [list(net.children()) for net in nets]
         self.state = index_state(self.modules)
         self.layers = [self.make_layers(modules) for modules in self.modules]
-        self.widths = [sum(layer.rows for layer in layers) for layers in self.layers]
-        self.cols = self.layers[0][0].cols
-        self.width = self.cols + sum(self.widths)
+        nets = [(ctypes.addressof(x), len(x), sum(layer.rows for layer in x)) for x in self.layers]
+        self.nets, self.cols = (Net * len(nets))(*nets), self.layers[0][0].cols
+        self.width = self.cols + sum(width for *_, width in nets)
 
     def make_layers(self, modules: list[nn.Module]) -> ctypes.Array:
         layers = (Layer * len(modules))()
@@ -1682,16 +1683,18 @@ class Plan:
         self.memory.append(tensor)
         return tensor.data_ptr()
 
-    def run(self, entry, inputs, flats, douts=None, grads=None, outs=None, record=False, acts=None, dx=(None, None)):
-        pointers = ([t.data_ptr() for t in x] if x else [None] * len(flats) for x in (flats, douts, grads, outs))
-        nets = zip(map(ctypes.addressof, self.layers), map(len, self.layers), self.widths, *pointers, strict=True)
-        nets = (Net * len(flats))(*nets)
+    def run(self, entry, inputs, flats, douts=(), grads=(), outs=(), record=False, acts=None, dx=(None, None)):
+        pointers = [tensor.data_ptr() for tensors in (flats, douts, grads, outs) for tensor in tensors]
+        pointers = (ctypes.c_void_p * len(pointers))(*pointers)
+        flat, size = ctypes.addressof(pointers), 8 * len(flats)
+        dout = flat + size  # forward: no douts and grads, so that outs stand here
         (batch, a_cols), a_stride, a = inputs[0].shape, inputs[0].stride(0), inputs[0].data_ptr()
-        b_cols, b_stride, b = 0, 0, 0
+        b_cols, b_stride, b = 0, 0, None
         if len(inputs) == 2:
             b_cols, b_stride, b = inputs[1].shape[1], inputs[1].stride(0), inputs[1].data_ptr()
-        call = Call(ctypes.addressof(nets), len(nets), self.width, batch, -(-batch // self.lib.lanes), a_cols, b_cols,
-                    record, grads is not None, a_stride, b_stride, a, b, acts, *dx)  # fmt: skip
+        call = Call(ctypes.addressof(self.nets), flat, dout, dout + size, dout, len(flats), self.width, batch,
+                    -(-batch // self.lib.lanes), a_cols, b_cols, record, bool(grads), a_stride, b_stride, a, b, acts,
+                    *dx)  # fmt: skip
         if not entry(ctypes.byref(call)):
             raise MemoryError("no memory for the N:M kernels")
 
@@ -1735,7 +1738,7 @@ class KernelMLP(torch.autograd.Function):
         count = len(tensors) - len(douts)
         inputs, flats = tensors[:count], tensors[count:]
         dx = [torch.empty(len(flats), *x.shape) if need else None for x, need in zip(inputs, needed, strict=False)]
-        grads = [torch.empty_like(flat) for flat in flats] if any(needed[count:]) else None
+        grads = [torch.empty_like(flat) for flat in flats] if any(needed[count:]) else ()
         pointers = [d if d is None else d.data_ptr() for d in (*dx, None)[:2]]
         douts = [dout.contiguous() for dout in douts]
         plan.run(plan.lib.nm_backward, inputs, flats, douts, grads, acts=ctx.lease.address, dx=pointers)
