@@ -672,6 +672,16 @@ def can_render(env_id: str) -> bool:
 # --- end shared ---
 
 
+# --- shared: score ---
+def final_score(evaluations: list[list]) -> float:
+    """Mean of the last 10 evaluations [step, return], of fewer than 20 the last half; none is from step 0."""
+    last = min(10, (len(evaluations) + 1) // 2)
+    return statistics.fmean(score for _, score in evaluations[-last:])
+
+
+# --- end shared ---
+
+
 # --- shared: run ---
 class Run:
     """What a run leaves behind (folder, W&B), its training clock, progress bar and signals."""
@@ -987,12 +997,6 @@ def dense_state(agent: "Agent") -> dict[str, dict[str, torch.Tensor]]:
     return states
 
 
-def final_score(evaluations: list[list]) -> float:
-    """Mean of the last 10 evaluations [step, return], of fewer than 20 the last half; none is from step 0."""
-    last = min(10, (len(evaluations) + 1) // 2)
-    return statistics.fmean(score for _, score in evaluations[-last:])
-
-
 def utc_now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
@@ -1056,8 +1060,10 @@ def hardware_report(run: Run, env: gym.Env, rb: ReplayBuffer, networks: tuple, s
         "update_us": lambda agent: [update_agent(agent, rb, args, rng, update) for update in every],
     }
     times, stop = {(key, name): [] for key in calls for name in agents}, time.perf_counter() + seconds
+    torch_threads = {"dense": args.threads, own: torch.get_num_threads()}
     while time.perf_counter() < stop:
         for (key, name), values in times.items():
+            torch.set_num_threads(torch_threads[name])
             calls[key](agents[name])  # so that none finds the caches as another one left them
             start = time.perf_counter()
             calls[key](agents[name])

@@ -32,7 +32,6 @@ import ctypes
 import dataclasses
 import difflib
 import fcntl
-import hashlib
 import io
 import itertools
 import json
@@ -40,13 +39,11 @@ import math
 import os
 import platform
 import re
-import shlex
 import shutil
 import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 import warnings
@@ -140,12 +137,16 @@ class Args:
         check_args(self)
 
 
+# --- shared: projection ---
 def project(W: torch.Tensor, n: int, m: int) -> torch.Tensor:
     """P_{N:M}: the mask E [out, in] (bool) of the n largest magnitudes in each m consecutive weights of a row of W."""
     magnitude = F.pad(W.abs(), (0, -W.shape[1] % m), value=-1.0)  # fill a ragged last group with what never wins (D1)
     order = magnitude.view(len(W), -1, m).argsort(dim=2, descending=True, stable=True)  # [out, groups, m]
     E = torch.zeros_like(order, dtype=torch.bool).scatter_(2, order[..., :n], True)
     return E.view(len(W), -1)[:, : W.shape[1]].contiguous()
+
+
+# --- end shared ---
 
 
 class NMLinear(nn.Module):
@@ -234,6 +235,7 @@ def get_masks(agent: "Agent") -> dict[str, torch.Tensor]:
     return {f"{net}.{name}": layer.E.cpu().clone() for net in nets for name, layer in nm_layers(nets[net]).items()}
 
 
+# --- shared: sad ---
 def sad_metrics(first: dict, previous: dict, current: dict) -> dict[str, float]:
     """SAD_{i:j} = |E_i - E_j|_0 (Zhou et al., SR-STE) over twice the active weights; masks by '<net>.<layer>'."""
     row = {}
@@ -246,6 +248,9 @@ def sad_metrics(first: dict, previous: dict, current: dict) -> dict[str, float]:
             if key == "sad":
                 row[f"sad_count/{net}"] = sum(count.values())
     return row
+
+
+# --- end shared ---
 
 
 def mlp(nets: list[nn.Module], *inputs: torch.Tensor) -> list[torch.Tensor]:
@@ -836,6 +841,16 @@ def can_render(env_id: str) -> bool:
 # --- end shared ---
 
 
+# --- shared: score ---
+def final_score(evaluations: list[list]) -> float:
+    """Mean of the last 10 evaluations [step, return], of fewer than 20 the last half; none is from step 0."""
+    last = min(10, (len(evaluations) + 1) // 2)
+    return statistics.fmean(score for _, score in evaluations[-last:])
+
+
+# --- end shared ---
+
+
 # --- shared: run ---
 class Run:
     """What a run leaves behind (folder, W&B), its training clock, progress bar and signals."""
@@ -1151,12 +1166,6 @@ def dense_state(agent: "Agent") -> dict[str, dict[str, torch.Tensor]]:
     return states
 
 
-def final_score(evaluations: list[list]) -> float:
-    """Mean of the last 10 evaluations [step, return], of fewer than 20 the last half; none is from step 0."""
-    last = min(10, (len(evaluations) + 1) // 2)
-    return statistics.fmean(score for _, score in evaluations[-last:])
-
-
 def utc_now() -> str:
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
@@ -1220,8 +1229,10 @@ def hardware_report(run: Run, env: gym.Env, rb: ReplayBuffer, networks: tuple, s
         "update_us": lambda agent: [update_agent(agent, rb, args, rng, update) for update in every],
     }
     times, stop = {(key, name): [] for key in calls for name in agents}, time.perf_counter() + seconds
+    torch_threads = {"dense": args.threads, own: torch.get_num_threads()}
     while time.perf_counter() < stop:
         for (key, name), values in times.items():
+            torch.set_num_threads(torch_threads[name])
             calls[key](agents[name])  # so that none finds the caches as another one left them
             start = time.perf_counter()
             calls[key](agents[name])
@@ -1276,6 +1287,11 @@ static const vec zero;
 #define SPREAD(p, j) (zero + (p)[j])
 #endif
 
+#ifdef __x86_64__
+#define PAUSE __builtin_ia32_pause()
+#else
+#define PAUSE
+#endif
 enum { FORWARD, BACK, GRAD };
 typedef struct {
     int32_t rows, cols, kept, start, blocks[3], block[3];  // flat + start: val [rows][kept], then bias [rows]
@@ -1449,6 +1465,12 @@ static void forward(const call *c, int part, int parts) {
         }
     }
 }
+static void values_by_column(const call *c, int part, int parts) {
+    const net *n = c->nets + c->at;
+    for (const layer *l = n->l + !(c->da || c->db); l < n->l + n->depth; l++)
+        for (long k = (long)l->rows * l->kept * part / parts; k < (long)l->rows * l->kept * (part + 1) / parts; k++)
+            l->tval[k] = c->flat[c->at][l->start + l->tpos[k]];
+}
 // Gradients of a layer's outputs stand in scratch [tile of the chunk][as in acts, of one net][LANES].
 static void backward_inputs(const call *c, int part, int parts) {
     const net *n = c->nets + c->at;
@@ -1525,7 +1547,7 @@ static void single(const call *c) {
     }
 }
 
-// Threads that wait for work: they spin for a moment, then sleep. ticket is serial * 65536 + threads wanted.
+// Threads that wait for work: they spin for about as long as a training step takes, then sleep. ticket is serial * 65536 + threads wanted.
 static struct {
     pthread_mutex_t busy, lock; pthread_cond_t wake; atomic_ullong ticket; atomic_int ready, done; int wanted;
     task *run; const call *c;
@@ -1534,13 +1556,13 @@ static void *worker(void *number) {
     unsigned long long seen = pool.ticket;
     pool.ready++;
     for (int spins = 0;; spins++) {
-        if (spins > 20000) {
+        if (spins > 40000) {
             pthread_mutex_lock(&pool.lock);
             while (pool.ticket == seen) pthread_cond_wait(&pool.wake, &pool.lock);
             pthread_mutex_unlock(&pool.lock);
         }
         const unsigned long long now = pool.ticket;
-        if (now == seen) continue;
+        if (now == seen) { PAUSE; continue; }
         seen = now, spins = 0;
         if ((intptr_t)number < (int)(now & 65535)) pool.run(pool.c, (intptr_t)number, now & 65535), pool.done++;
     }
@@ -1590,11 +1612,9 @@ int nm_forward(const call *c) {  // returns 0 if there is no memory
 int nm_backward(call *c) {
     int chunk, done = 1;
     pthread_mutex_lock(&pool.busy);
-    chunk = (pool.wanted + TILES - 1) / TILES * TILES;
+    chunk = pool.wanted * TILES;
     for (c->at = 0; c->at < c->count && (done = reserve(chunk, c->width)); c->at++) {
-        const net *n = c->nets + c->at;
-        for (const layer *l = n->l + !(c->da || c->db); l < n->l + n->depth; l++)
-            for (int k = 0; k < l->rows * l->kept; k++) l->tval[k] = c->flat[c->at][l->start + l->tpos[k]];
+        split(values_by_column, c);
         for (c->first = 0; c->first < c->tiles; c->first += chunk) {
             c->chunk = c->tiles - c->first < chunk ? c->tiles - c->first : chunk;
             split(backward_inputs, c);
@@ -1780,6 +1800,10 @@ def load_kernels() -> ctypes.CDLL:
     The file's name is a hash of source, flags and what the compiler says of itself and of this CPU. It is written
     elsewhere and moved into place, so that many processes may do so at once and a killed one leaves nothing half done.
     """
+    import hashlib
+    import shlex
+    import tempfile
+
     compiler = shlex.split(os.environ.get("CC") or "cc")
     for native in ("-march=native", "-mcpu=native", "-O3"):
         probe = subprocess.run([*compiler, native, "-dM", "-E", "-x", "c", os.devnull], capture_output=True)
@@ -1815,6 +1839,7 @@ def pick_kernel(args: Args) -> str:
     try:
         library = load_kernels()
         library.nm_threads(args.threads)
+        torch.set_num_threads(1)  # what is left to torch is small, and its waiting threads would take the kernels' cores
         slow = library.lanes < 32 and 4 * args.n > args.m  # without AVX 2:4 was 0.7x, 1:4 1.25x dense
         return "torch" if slow and args.kernel == "auto" else "nm"
     except OSError as error:
