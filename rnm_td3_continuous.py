@@ -1547,7 +1547,8 @@ static void single(const call *c) {
     }
 }
 
-// Threads that wait for work: they spin for about as long as a training step takes, then sleep. ticket is serial * 65536 + threads wanted.
+// Threads that wait for work: they spin for about as long as a training step takes, then sleep. ticket is
+// serial * 65536 + threads wanted.
 static struct {
     pthread_mutex_t busy, lock; pthread_cond_t wake; atomic_ullong ticket; atomic_int ready, done; int wanted;
     task *run; const call *c;
@@ -1839,7 +1840,7 @@ def pick_kernel(args: Args) -> str:
     try:
         library = load_kernels()
         library.nm_threads(args.threads)
-        torch.set_num_threads(1)  # what is left to torch is small, and its waiting threads would take the kernels' cores
+        torch.set_num_threads(1)  # the rest is small, and torch's waiting threads would take the kernels' cores
         slow = library.lanes < 32 and 4 * args.n > args.m  # without AVX 2:4 was 0.7x, 1:4 1.25x dense
         return "torch" if slow and args.kernel == "auto" else "nm"
     except OSError as error:
