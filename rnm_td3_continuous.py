@@ -159,7 +159,7 @@ class NMLinear(nn.Module):
 
     def __init__(self, dense: nn.Linear, n: int, m: int):
         super().__init__()
-        self.n, self.m, self.start = n, m, 0  # start: this layer's first place in flat
+        self.n, self.m, self.start = n, m, 0  # start: this layer's first place in flat, set by sparsify
         self.register_buffer("W", dense.weight.detach())  # D6
         self.register_buffer("E", project(self.W, n, m))
         self.register_buffer("index", self.E.nonzero()[:, 1].reshape(dense.out_features, -1).clone())
@@ -169,13 +169,12 @@ class NMLinear(nn.Module):
         """This layer's active weights [out, kept] in `flat`, or what belongs to them in one of Adam's moments of it."""
         return flat[self.start : self.start + self.index.numel()].view_as(self.index)
 
-    @property
-    def values(self) -> torch.Tensor:
-        return self.packed(self.flat)
+    values = property(lambda self: self.packed(self.flat))
 
     @property
     def bias(self) -> torch.Tensor:
-        return self.flat[self.start + self.index.numel() :][: len(self.index)]
+        first = self.start + self.index.numel()
+        return self.flat[first : first + len(self.index)]
 
     @property
     def weight(self) -> torch.Tensor:
@@ -215,10 +214,11 @@ def refresh_masks(agent: "Agent") -> None:
     ):
         for (name, layer), target_layer in zip(nm_layers(online).items(), nm_layers(target).values(), strict=True):
             stores = [(layer.W, layer.values), (target_layer.W, target_layer.values)]  # dense store, packed part
-            if state := optimizer.state.get(layer.flat):  # none before Adam's first step
-                for moment in ("exp_avg", "exp_avg_sq"):
-                    store = state.setdefault(f"{moment}_{name}", torch.zeros_like(layer.W))
-                    stores.append((store, layer.packed(state[moment])))
+            state = optimizer.state.get(layer.flat, {})  # empty before Adam's first step
+            for key, moment in list(state.items()):
+                if moment.shape == layer.flat.shape:
+                    store = state.setdefault(f"{key}_{name}", torch.zeros_like(layer.W))
+                    stores.append((store, layer.packed(moment)))
             for store, packed in stores:
                 store.scatter_(1, layer.index, packed)
             E = project(layer.W, layer.n, layer.m)
@@ -1267,6 +1267,7 @@ KERNELS = r"""
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "little-endian");
 #if defined(__AVX512F__)
 enum { W = 16, TILES = 2 };  // floats in a vector; tiles at a time in grad_weight: as many as the registers hold
 #elif defined(__AVX__)
@@ -1301,6 +1302,10 @@ typedef struct {
     float *tval;                  // ... and val in this order
 } layer;
 
+#define TWO(m) { \
+        const vec *p = AT(x, (uint16_t)(four >> 16 * (m))), *q = AT(x, (uint16_t)(four >> 16 * ((m) + 1))); \
+        const vec v = SPREAD(val + k, m), w = SPREAD(val + k, (m) + 1); \
+        for (int i = 0; i < V; i++) a[i] += v * p[i], b[i] += w * q[i]; }
 // y[r] = sum over k of val[k] x[idx[k]] (+ bias[r]) on one tile; relu: max(y, 0); gate: 0 where gate <= 0.
 INLINE void gather(const int transposed, const layer *l, const float *flat, int first, int count, const float *x,
                    float *y, int relu, const float *gate) {
@@ -1319,11 +1324,7 @@ INLINE void gather(const int transposed, const layer *l, const float *flat, int 
             for (; k + 3 < stop; k += 4) {
                 uint64_t four;  // one load for four indices
                 memcpy(&four, idx + k, sizeof(four));
-                for (int m = 0; m < 4; m += 2) {
-                    const vec *p = AT(x, (uint16_t)(four >> 16 * m)), *q = AT(x, (uint16_t)(four >> 16 * m + 16));
-                    const vec v = SPREAD(val + k, m), w = SPREAD(val + k, m + 1);
-                    for (int i = 0; i < V; i++) a[i] += v * p[i], b[i] += w * q[i];
-                }
+                TWO(0) TWO(2)
             }
             for (; k < stop; k++)
                 for (int i = 0; i < V; i++) a[i] += val[k] * AT(x, idx[k])[i];
@@ -1579,14 +1580,14 @@ static void split(task *run, const call *c) {
     run(c, 0, pool.wanted);
     for (int spins = 0; pool.done < pool.wanted - 1; spins++) if (spins > 20000) sched_yield();
 }
-static void forked(void) {  // a child process has none of the threads
+static void forked(void) {  // a child process has none of the threads, and nobody who would unlock
     pthread_mutex_init(&pool.busy, 0), pthread_mutex_init(&pool.lock, 0), pthread_cond_init(&pool.wake, 0);
     pool.ready = pool.wanted = 1, scratch.size = 0, scratch.memory = 0;
 }
+__attribute__((constructor)) static void loaded(void) { pthread_atfork(0, 0, forked); }
 void nm_threads(int wanted) {
     pthread_t thread;
     pthread_mutex_lock(&pool.busy);
-    if (pool.ready == 1 && wanted > 1) pthread_atfork(0, 0, forked);
     for (int made = pool.ready; made < wanted; made++) {
         if (pthread_create(&thread, 0, worker, (void *)(intptr_t)made)) break;
         while (pool.ready == made) sched_yield();
@@ -1671,20 +1672,30 @@ class Plan:
     """Networks on the same inputs as the kernels see them, with each index by columns too; made anew for new masks."""
 
     def __init__(self, nets: list[nn.Module]):
-        self.lib, self.memory, self.free = load_kernels(), [], []
-        self.modules = [list(net.children()) for net in nets]
-        self.state = index_state(self.modules)
-        self.layers = [self.make_layers(modules) for modules in self.modules]
-        nets = [(ctypes.addressof(x), len(x), sum(layer.rows for layer in x)) for x in self.layers]
-        self.nets, self.cols = (Net * len(nets))(*nets), self.layers[0][0].cols
-        self.width = self.cols + sum(width for *_, width in nets)
+        self.lib, self.memory, self.free, self.networks = load_kernels(), [], [], nets
+        self.state = index_state(nets)
+        self.indices = [layer.index for net in nets for layer in net.children()]  # held, so that their ids are theirs
+        networks = [list(net.children()) for net in nets]
+        for layers in networks:
+            widths = [layers[0].W.shape[1], *(layer.W.shape[0] for layer in layers)]
+            chain = [layer.W.shape[1] for layer in layers] == widths[:-1] and widths[0] == networks[0][0].W.shape[1]
+            if not chain or max(widths) > 65_536:
+                raise ValueError("the N:M kernels need chains of layers up to 65,536 wide: use --kernel torch")
+            if any(layer.flat is not layers[0].flat for layer in layers):
+                raise ValueError("layers of a network must share one flat parameter: load a state without assign=True")
+        self.layers = [self.make_layers(layers) for layers in networks]
+        sizes = [(ctypes.addressof(x), len(x), sum(layer.rows for layer in x)) for x in self.layers]
+        self.nets, self.cols = (Net * len(sizes))(*sizes), self.layers[0][0].cols
+        self.width = self.cols + sum(width for *_, width in sizes)
+        self.sizes = [layers[-1].start + layers[-1].rows * (layers[-1].kept + 1) for layers in self.layers]
+
+    def __reduce__(self):
+        return type(None), ()  # addresses are those of the original: a copied or loaded network makes its own plan
 
     def make_layers(self, modules: list[nn.Module]) -> ctypes.Array:
         layers = (Layer * len(modules))()
         for layer, module in zip(layers, modules, strict=True):
             (layer.rows, layer.kept), layer.cols, layer.start = module.index.shape, module.W.shape[1], module.start
-            if layer.cols > 65_536:
-                raise ValueError("the N:M kernels take layers of up to 65,536 inputs: use --kernel torch")
             count = module.index.numel()
             layer.idx = self.hold(module.index.to(torch.uint16).contiguous())
             layer.tidx = self.hold(torch.empty(count, dtype=torch.uint16))
@@ -1696,9 +1707,6 @@ class Plan:
                 layer.ends[which] = self.hold(torch.empty(size, dtype=torch.int32))
                 self.lib.nm_index(ctypes.byref(layer), which)
         return layers
-
-    def __deepcopy__(self, memo):
-        return None  # addresses are those of the original: a copied network makes its own plan
 
     def hold(self, tensor: torch.Tensor) -> int:
         self.memory.append(tensor)
@@ -1720,7 +1728,7 @@ class Plan:
             raise MemoryError("no memory for the N:M kernels")
 
     def forward(self, inputs, flats, lease=None) -> list[torch.Tensor]:
-        outs = [torch.empty(inputs[0].shape[0], layers[-1].rows) for layers in self.layers]
+        outs = [torch.empty(len(inputs[0]), layers[-1].rows, dtype=torch.float32) for layers in self.layers]
         self.run(self.lib.nm_forward, inputs, flats, outs=outs, record=lease is not None, acts=lease and lease.address)
         return outs
 
@@ -1733,7 +1741,7 @@ class Lease:
         with contextlib.suppress(IndexError):
             self.memory = free.pop()
         if self.memory is None or self.memory.numel() != size:
-            self.memory = torch.empty(size)
+            self.memory = torch.empty(size, dtype=torch.float32)
         self.address = self.memory.data_ptr()
 
     def __del__(self):
@@ -1746,51 +1754,55 @@ class KernelMLP(torch.autograd.Function):
         inputs, flats = tensors[: -len(plan.layers)], tensors[-len(plan.layers) :]
         lanes = plan.lib.lanes
         ctx.plan, ctx.lease = plan, Lease(plan.free, -(-len(inputs[0]) // lanes) * lanes * plan.width)
-        ctx.save_for_backward(*tensors)  # changed in place before backward: torch raises
+        ctx.inputs = inputs
+        ctx.save_for_backward(*flats)  # changed in place before backward: torch raises
         return tuple(plan.forward(inputs, flats, ctx.lease))
 
     @staticmethod
     def backward(ctx, *douts: torch.Tensor):
-        plan, tensors, needed = ctx.plan, ctx.saved_tensors, ctx.needs_input_grad[1:]
+        plan, inputs, flats, needed = ctx.plan, ctx.inputs, ctx.saved_tensors, ctx.needs_input_grad[1:]
         if torch.is_grad_enabled():
             raise RuntimeError("the N:M kernels have no second derivative: use --kernel torch")
-        if plan.state != index_state(plan.modules):
+        if plan.state != index_state(plan.networks):
             raise RuntimeError("a mask was modified by an inplace operation between forward and backward")
-        count = len(tensors) - len(douts)
-        inputs, flats = tensors[:count], tensors[count:]
-        dx = [torch.empty(len(flats), *x.shape) if need else None for x, need in zip(inputs, needed, strict=False)]
-        grads = [torch.empty_like(flat) for flat in flats] if any(needed[count:]) else ()
+        empty = torch.empty if len(inputs[0]) else torch.zeros  # the kernels fill them, tile by tile
+        dx = [empty(len(flats), *x.shape, dtype=x.dtype) if n else None for x, n in zip(inputs, needed, strict=False)]
+        grads = [empty(len(flat), dtype=flat.dtype) for flat in flats] if any(needed[len(inputs) :]) else ()
         pointers = [d if d is None else d.data_ptr() for d in (*dx, None)[:2]]
         douts = [dout.contiguous() for dout in douts]
         plan.run(plan.lib.nm_backward, inputs, flats, douts, grads, acts=ctx.lease.address, dx=pointers)
         return None, *(d if d is None else d.sum(0) for d in dx), *(grads or [None] * len(flats))
 
 
-def index_state(modules: list[list[nn.Module]]) -> list[tuple[int, int]]:
-    """Changes whenever the index of an N:M layer does."""
-    indices = [module._buffers["index"] for net in modules for module in net]
+def index_state(nets: list[nn.Module]) -> list[tuple[int, int]]:
+    """Changes whenever the index of an N:M layer does, while a plan holds the old one."""
+    indices = [layer._buffers["index"] for net in nets for layer in net._modules.values()]
     return [(id(index), index._version) for index in indices]
 
 
 def nm_mlp(nets: list[nn.Module], *inputs: torch.Tensor) -> list[torch.Tensor]:
-    """mlp() by the kernels, a whole pass per call: inputs [B, ...] (one or two, float32, CPU) -> [B, out] of each."""
+    """mlp() by the kernels, a whole pass per call: inputs [B, ...] (float32, on the CPU) -> [B, out] of each."""
     plans, key = nets[0].plans, tuple(map(id, nets))
     plan = plans.get(key)
-    if plan is None or plan.state != index_state(plan.modules):
+    if plan is None or plan.state != index_state(nets):
+        if len(plans) == 8:  # networks come and go: don't hold them all
+            plans.clear()
         plan = plans[key] = Plan(nets)
-    inputs = [x if x.stride(1) == 1 else x.contiguous() for x in inputs]
-    flats = [modules[0]._parameters["flat"] for modules in plan.modules]
+    if len(inputs) > 2:
+        inputs = inputs[0], torch.cat(inputs[1:], dim=1)
+    flats = [next(iter(net._modules.values()))._parameters["flat"] for net in nets]
     batch, widths, fits = len(inputs[0]), 0, True
     for x in inputs:
-        widths += x.shape[1]
-        fits = fits and len(x) == batch and x.dtype is torch.float32 and not x.is_cuda
-    for flat in flats:
-        fits = fits and flat.dtype is torch.float32 and not flat.is_cuda
+        fits = fits and x.dim() == 2 and len(x) == batch and x.dtype is torch.float32 and not x.is_cuda
+        widths += x.shape[-1]
+    for flat, size in zip(flats, plan.sizes, strict=True):
+        fits = fits and flat.dtype is torch.float32 and len(flat) == size and flat.is_contiguous() and not flat.is_cuda
     if not fits or widths != plan.cols:
         shapes = [(tuple(x.shape), x.dtype) for x in inputs]
         raise ValueError(f"the N:M kernels take float32 [B, {plan.cols}] in all on the CPU, not {shapes}")
+    inputs = [x if x.stride(1) == 1 else x.contiguous() for x in inputs]
     if torch.is_grad_enabled():
-        return KernelMLP.apply(plan, *inputs, *flats)
+        return list(KernelMLP.apply(plan, *inputs, *flats))
     return plan.forward(inputs, flats)
 
 
@@ -1812,7 +1824,8 @@ def load_kernels() -> ctypes.CDLL:
             break
     flags = ["-O3", native, "-shared", "-fPIC", "-pthread"]
     key = hashlib.sha256(repr((KERNELS, compiler, flags, probe.stdout)).encode()).hexdigest()[:24]
-    path = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser()) / "nm-sparse-rl" / f"{key}.so"
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    path = Path(os.devnull if home.startswith("~") else home, "nm-sparse-rl", f"{key}.so")  # no home: nothing is kept
     with contextlib.suppress(OSError):
         return open_library(path)
     with tempfile.TemporaryDirectory() as scratch:
@@ -1823,7 +1836,9 @@ def load_kernels() -> ctypes.CDLL:
             raise OSError(f"{compiler[0]} failed: {first_line(Exception(run.stderr.decode()))}")
         with contextlib.suppress(OSError):  # a cache that can't be written: compile at each start
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomic(path, lambda file: file.write(built.read_bytes()))
+            own = path.with_name(f"{key}-{os.getpid()}.so")  # so that nobody else writes it
+            write_atomic(own, lambda file: file.write(built.read_bytes()))
+            os.replace(own, path)
         return open_library(built)
 
 
@@ -1839,11 +1854,12 @@ def pick_kernel(args: Args) -> str:
         return "torch"
     try:
         library = load_kernels()
+        if args.kernel == "auto" and library.lanes < 32 and 4 * args.n > args.m:
+            return "torch"  # without AVX 2:4 was slower than dense, 1:4 1.3 times as fast
         library.nm_threads(args.threads)
         torch.set_num_threads(1)  # the rest is small, and torch's waiting threads would take the kernels' cores
-        slow = library.lanes < 32 and 4 * args.n > args.m  # without AVX 2:4 was 0.7x, 1:4 1.25x dense
-        return "torch" if slow and args.kernel == "auto" else "nm"
-    except OSError as error:
+        return "nm"
+    except (OSError, ValueError) as error:  # ValueError: an unclosed quote in CC
         if args.kernel == "nm":
             raise UserError(f"--kernel nm: {first_line(error)}") from None
         warn_once(f"going on with --kernel torch, several times slower: {first_line(error)}")

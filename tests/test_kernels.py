@@ -3,6 +3,7 @@
 import copy
 import itertools
 import os
+import pickle
 import shutil
 import signal
 import subprocess
@@ -185,7 +186,7 @@ def test_wrong_inputs_are_refused(rnm):
     net = nm_net(rnm, (10, 64, 64, 1), 1, 4)
     for inputs in (
         [torch.randn(70, 10).double()], [torch.randn(70, 9)], [torch.randn(70, 11)],
-        [torch.zeros(70, 10, dtype=torch.long)], [torch.randn(70, 7), torch.randn(5, 3)],
+        [torch.zeros(70, 10, dtype=torch.long)], [torch.randn(70, 7), torch.randn(5, 3)], [torch.randn(7, 10, 10)],
     ):  # fmt: skip
         with pytest.raises(ValueError, match="N:M kernels take float32"):
             rnm.mlp([net], *inputs)[0]
@@ -220,6 +221,99 @@ def test_memory_of_a_pass_is_its_own_while_its_graph_lives(rnm):
     assert len(plan.free) == 2  # and the first one's came back with its graph
 
 
+def test_networks_that_come_and_go(rnm):
+    """A plan must never be taken for other networks than those that it was made for."""
+    x, first = torch.randn(70, 10), nm_net(rnm, (10, 64, 64, 1), 1, 4)
+    for seed in range(30):  # one takes the memory, and so the id, of the one before
+        other = nm_net(rnm, (10, 64, 64, 1), 1, 4, seed)
+        got = rnm.mlp([first, other], x)
+        assert close(got[0], reference(first, (x,), torch.float64)[0])
+        assert close(got[1], reference(other, (x,), torch.float64)[0])
+        del other, got
+    assert len(first.plans) <= 8
+    twin = nm_net(rnm, (10, 64, 64, 1), 1, 4, seed=99)
+    for name, layer in twin.named_children():
+        setattr(first, name, layer)
+    assert close(rnm.mlp([first], x)[0], reference(twin, (x,), torch.float64)[0])
+
+
+def test_networks_that_do_not_fit_are_refused(rnm):
+    class TwoHeads(Net):
+        def __init__(self):
+            super().__init__((11, 64, 64, 3))
+            self.fc_log_std = nn.Linear(64, 3)
+
+    args = rnm.Args(n=1, m=4, kernel="nm")
+    with pytest.raises(ValueError, match="chains of layers"):
+        rnm.mlp([rnm.sparsify(TwoHeads(), args)], torch.randn(130, 11))
+    with pytest.raises(ValueError, match="chains of layers"):
+        rnm.mlp([nm_net(rnm, (10, 64, 1), 1, 4), nm_net(rnm, (14, 64, 1), 1, 4)], torch.randn(70, 10))
+    with pytest.raises(ValueError, match="65,536"):
+        rnm.mlp([nm_net(rnm, (4, 65_540), 1, 4)], torch.randn(70, 4))
+    net = nm_net(rnm, (10, 64, 1), 1, 4)
+    net.load_state_dict(net.state_dict(), assign=True)
+    with pytest.raises(ValueError, match="share one flat parameter"):
+        rnm.mlp([net], torch.randn(70, 10))
+
+
+def test_networks_of_different_shapes_and_one_output_used(rnm):
+    nets = [nm_net(rnm, (23, 64, 1), 1, 4), nm_net(rnm, (23, 33, 70, 5), 1, 8, seed=1), nm_net(rnm, (23, 16, 2), 2, 4)]
+    x = torch.randn(130, 23, requires_grad=True)
+    loss = rnm.mlp(nets, x)[1].square().sum()
+    flats = [net.fc1.flat for net in nets]
+    dx, *grads = torch.autograd.grad(loss, [x, *flats])
+    y64, x64, weights, biases = reference(nets[1], (x,), torch.float64)
+    dx64, *rest = torch.autograd.grad(y64.square().sum(), [*x64, *weights, *biases])
+    assert close(dx, dx64) and close(grads[1], flat_grad(nets[1], rest[:3], rest[3:]))
+    assert (grads[0] == 0).all() and (grads[2] == 0).all()
+
+
+def test_three_inputs_and_none_at_all(rnm):
+    net = nm_net(rnm, (10, 64, 64, 1), 1, 4)
+    x = [torch.randn(70, width, requires_grad=True) for width in (4, 3, 3)]
+    y = rnm.mlp([net], *x)[0]
+    y64, x64, *_ = reference(net, x, torch.float64)
+    assert close(y, y64)
+    for got, wanted in zip(torch.autograd.grad(y.sum(), x), torch.autograd.grad(y64.sum(), x64), strict=True):
+        assert close(got, wanted)
+    nothing = torch.empty(0, 10, requires_grad=True)
+    _ = [torch.full((len(net.fc1.flat),), 7.0) for _ in range(9)]  # what is freed here must not be found again
+    del _
+    rnm.mlp([net], nothing)[0].sum().backward()
+    assert (net.fc1.flat.grad == 0).all() and nothing.grad.shape == (0, 10)
+
+
+def test_what_torch_allows(rnm):
+    """An input changed after the forward pass, another default type, pickled networks."""
+    net, x = nm_net(rnm, (10, 64, 64, 1), 1, 4), torch.randn(70, 10)
+    (wanted,) = torch.autograd.grad(rnm.mlp([net], x)[0].sum(), [net.fc1.flat])
+    y, old = rnm.mlp([net], x)[0].sum(), x.clone()
+    x.add_(1.0)
+    assert torch.equal(torch.autograd.grad(y, [net.fc1.flat])[0], wanted)
+    torch.set_default_dtype(torch.float64)
+    try:
+        (again,) = torch.autograd.grad(rnm.mlp([net], old)[0].sum(), [net.fc1.flat])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert again.dtype == torch.float32 and torch.equal(again, wanted)
+    net.__class__ = nn.Module  # Net is not importable by its name where it is loaded
+    twin = pickle.loads(pickle.dumps(net))
+    assert twin.plans and torch.equal(rnm.mlp([twin], old)[0], rnm.mlp([net], old)[0])
+
+
+def test_auto_without_avx_keeps_torchs_threads(rnm, monkeypatch):
+    class NoAvx:
+        lanes = 16
+
+        def nm_threads(self, _):
+            pytest.fail("the kernels are not used")
+
+    monkeypatch.setattr(rnm, "load_kernels", NoAvx)
+    torch.set_num_threads(2)
+    assert rnm.pick_kernel(rnm.Args(n=2, m=4, threads=2)) == "torch" and torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+
+
 THREADS = """
 import os, sys, threading, torch
 sys.path.insert(0, "tests")
@@ -238,6 +332,20 @@ def work(net):
 crowd = [threading.Thread(target=work, args=(net,)) for net in nets]
 [thread.start() for thread in crowd]
 [thread.join() for thread in crowd]
+alone = nm_net(rnm, (23, 64, 64, 1), 1, 8, threads=1)
+stop = False
+def forever():
+    while not stop:
+        rnm.mlp([alone], x)
+busy = threading.Thread(target=forever)
+busy.start()
+for _ in range(5):  # while another thread is in a kernel
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if rnm.mlp([alone], x)[0].shape == (300, 1) else 1)
+    assert os.waitpid(child, 0)[1] == 0
+stop = True
+busy.join()
 child = os.fork()
 if child == 0:
     os._exit(0 if torch.equal(rnm.mlp([nets[0]], x)[0], y) else 1)

@@ -142,6 +142,22 @@ def test_moments_travel_with_their_weights(rnm):
     assert torch.equal(layer.packed(state["exp_avg"])[left, 0], old["exp_avg"][left, 0])
 
 
+def test_a_refresh_moves_the_state_of_any_optimizer(rnm):
+    args, _, agent, rb, rng = make_agent(rnm, n=1, m=4)
+    parameters = [*agent.qf1.parameters(), *agent.qf2.parameters()]
+    agent.q_optimizer = torch.optim.SGD(parameters, lr=1e-2, momentum=0.9)
+    for update in range(1, 51):
+        rnm.update_agent(agent, rb, args, rng, update)
+    layer, state = agent.qf1.fc2, agent.q_optimizer.state[agent.qf1.fc2.flat]
+    dense = torch.zeros_like(layer.W).scatter(1, layer.index, layer.packed(state["momentum_buffer"]))
+    with torch.no_grad():
+        layer.values[:, 0] = 0.0
+    old = layer.index.clone()
+    rnm.refresh_masks(agent)
+    assert not torch.equal(old, layer.index)
+    assert torch.equal(layer.packed(state["momentum_buffer"]), dense.gather(1, layer.index))
+
+
 def test_targets_have_own_weights_and_the_online_mask(rnm):
     args, _, agent, rb, rng = make_agent(rnm, n=1, m=4)
     for update in range(1, 101):
