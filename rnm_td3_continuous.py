@@ -1582,7 +1582,9 @@ static void split(task *run, const call *c) {
 }
 static void forked(void) {  // a child process has none of the threads, and nobody who would unlock
     pthread_mutex_init(&pool.busy, 0), pthread_mutex_init(&pool.lock, 0), pthread_cond_init(&pool.wake, 0);
-    pool.ready = pool.wanted = 1, scratch.size = 0, scratch.memory = 0;
+    pool.ready = pool.wanted = 1;
+    scratch.memory = 0;
+    scratch.size = 0;
 }
 __attribute__((constructor)) static void loaded(void) { pthread_atfork(0, 0, forked); }
 void nm_threads(int wanted) {

@@ -1,0 +1,922 @@
+"""What the masks of RNM-TD3 did during training, and what it had to do with the return: figures and tables from runs.
+
+Reads the folders that rnm_td3_continuous.py and dense_td3_continuous.py leave behind; needs no account:
+  python sad_analysis.py runs/                       run folders, folders of them, or globs -> analysis/
+  python sad_analysis.py --wandb-entity E --wandb-project-name P      the same for runs in the cloud
+
+  SAD_{i:j} = |E_i - E_j|_0, Sparse Architecture Divergence (arXiv 2102.04010)              -> sad_metrics, pairwise_sad
+  a topology has settled when its mask stays within 10 % of the final one                   -> settled_step
+  IQM, stratified bootstrap, probability of improvement (Agarwal et al., arXiv 2108.13264)  -> iqm, interval, better
+Only finished runs count, and they are compared only if environment, steps, physics and hyper-parameters agree.
+"""
+
+import contextlib
+import glob
+import io
+import itertools
+import json
+import math
+import os
+import re
+import statistics
+import sys
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import scipy.stats
+import torch
+import torch.nn.functional as F
+import tyro
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+
+@dataclass
+class Args:
+    runs: tyro.conf.Positional[tuple[str, ...]] = ()
+    """run folders, folders that hold runs, or globs of them"""
+    out: str = "analysis"
+    """folder for figures and tables"""
+    wandb_entity: str | None = None
+    """user or team whose runs in Weights & Biases to read (with --wandb-project-name), and to write to"""
+    wandb_project_name: str | None = None
+    """project in Weights & Biases whose runs to read; the analysis is written there, else to nm-sparse-rl"""
+    resamples: int = 2000
+    """bootstrap resamples for each interval, >= 100"""
+    track: bool = True
+    """mirror figures and tables to Weights & Biases (offline when not logged in)"""
+
+
+class UserError(Exception):
+    """Something that the user typed or pointed to is wrong: one line, exit code 2."""
+
+
+# --- shared: projection ---
+def project(W: torch.Tensor, n: int, m: int) -> torch.Tensor:
+    """P_{N:M}: the mask E [out, in] (bool) of the n largest magnitudes in each m consecutive weights of a row of W."""
+    magnitude = F.pad(W.abs(), (0, -W.shape[1] % m), value=-1.0)  # fill a ragged last group with what never wins (D1)
+    order = magnitude.view(len(W), -1, m).argsort(dim=2, descending=True, stable=True)  # [out, groups, m]
+    E = torch.zeros_like(order, dtype=torch.bool).scatter_(2, order[..., :n], True)
+    return E.view(len(W), -1)[:, : W.shape[1]].contiguous()
+
+
+# --- end shared ---
+
+
+# --- shared: sad ---
+def sad_metrics(first: dict, previous: dict, current: dict) -> dict[str, float]:
+    """SAD_{i:j} = |E_i - E_j|_0 (Zhou et al., SR-STE) over twice the active weights; masks by '<net>.<layer>'."""
+    row = {}
+    for key, reference in (("sad", previous), ("sad_initial", first)):
+        for net in ("actor", "qf1", "qf2"):
+            count = {name: int((E != reference[name]).sum()) for name, E in current.items() if name.startswith(net)}
+            active = {name: int(current[name].sum()) for name in count}
+            row[f"{key}/{net}"] = sum(count.values()) / (2 * sum(active.values()))
+            row |= {f"{key}/{name.replace('.', '/')}": count[name] / (2 * active[name]) for name in count}
+            if key == "sad":
+                row[f"sad_count/{net}"] = sum(count.values())
+    return row
+
+
+# --- end shared ---
+
+
+# --- shared: score ---
+def final_score(evaluations: list[list]) -> float:
+    """Mean of the last 10 evaluations [step, return], of fewer than 20 the last half; none is from step 0."""
+    last = min(10, (len(evaluations) + 1) // 2)
+    return statistics.fmean(score for _, score in evaluations[-last:])
+
+
+# --- end shared ---
+
+
+NETS = ("actor", "qf1", "qf2")  # targets share their masks
+METHOD = (
+    "n",
+    "m",
+    "mask_update_interval",
+    "sparse_head",
+    "hidden_dim",
+)  # what tells configurations of one setting apart
+# Of no consequence for the numbers. All other arguments must agree between runs that are compared.
+NEUTRAL = """exp_name seed runs_dir track wandb_project_name wandb_entity capture_video resume evaluate keep_replay
+    checkpoint_interval kernel threads device""".split()
+
+
+@dataclass
+class Topology:
+    """What is kept of a run's masks; S snapshots."""
+
+    steps: np.ndarray  # [S] environment steps
+    pairwise: dict[str, np.ndarray]  # by network [S, S]: SAD_{i:j} over twice the active weights
+    ever: dict[str, np.ndarray]  # by network [S]: share of weights active in a snapshot so far (at least)
+    age: dict[str, np.ndarray]  # by network [S]: mean age of the active weights in environment steps (at most)
+
+
+@dataclass
+class Run:
+    name: str
+    meta: dict
+    metrics: pd.DataFrame  # indexed by global_step
+    topology: Topology | None
+    label: str = ""  # configuration, such as "1:8, K = 100"
+
+    @property
+    def args(self) -> dict:
+        return self.meta["args"]
+
+    @property
+    def pattern(self) -> str:
+        return "dense" if self.meta["n"] is None else f"{self.meta['n']}:{self.meta['m']}"
+
+    @property
+    def score(self) -> float:
+        return self.meta["final_score"]
+
+    @property
+    def setting(self) -> tuple:
+        """What must agree between runs for them to be compared."""
+        rest = {k: v for k, v in self.args.items() if k not in (*NEUTRAL, *METHOD)}
+        return (*rest.items(), ("mujoco", ".".join(self.meta["versions"]["mujoco"].split(".")[:2])))
+
+    def curve(self, key: str) -> pd.Series:
+        """A logged key over environment steps, where it was logged."""
+        return self.metrics[key].dropna() if key in self.metrics else pd.Series(dtype=float)
+
+    def settled_sad(self) -> float:
+        """Mean over networks and the last tenth of training of SAD against the previous mask; NaN without refreshes."""
+        tail = [self.curve(f"sad/{net}") for net in NETS]
+        tail = [curve[curve.index > 0.9 * self.args["total_timesteps"]] for curve in tail]
+        return statistics.fmean(curve.mean() for curve in tail) if all(len(curve) for curve in tail) else math.nan
+
+
+# --- Reading ------------------------------------------------------------------------------------------------------
+
+
+def find_folders(patterns: tuple[str, ...]) -> list[Path]:
+    """Folders that hold a meta.json or a metrics.csv, at or below what the patterns match; sorted, each once."""
+    found = set()
+    for pattern in patterns:
+        for path in map(Path, glob.glob(pattern) or [pattern]):
+            if path.is_file():
+                path = path.parent
+            found |= {file.parent.resolve() for name in ("meta.json", "metrics.csv") for file in path.rglob(name)}
+    return sorted(found)
+
+
+def load_run(folder: Path) -> Run:
+    """Raises ValueError with the reason if the run can't be used."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text())
+        if (reason := meta["exit_reason"]) != "finished":
+            raise ValueError(f"not finished (exit reason: {reason})")
+        metrics = read_metrics(folder / "metrics.csv")
+        evaluations = metrics["eval/episodic_return"].dropna()
+        ended, total = metrics.index[-1], meta["args"]["total_timesteps"]
+        score = final_score([list(pair) for pair in evaluations[evaluations.index > 0].items()])
+        for key in ("run_name", "n", "m", "params_active", "flops_per_update", "hardware", "kernel", "threads"):
+            _ = meta[key]  # all that is read later
+        _ = meta["versions"]["mujoco"], [meta["args"][key] for key in ("env_id", "seed", "hidden_dim")]
+        used = [meta["versions"], *(part["versions"] for part in meta.get("resumed", []))]
+    except FileNotFoundError as error:
+        raise ValueError(f"{Path(error.filename).name} is missing") from None
+    except (KeyError, TypeError, IndexError, statistics.StatisticsError, pd.errors.EmptyDataError) as error:
+        raise ValueError(
+            f"empty, or written by another version of the scripts ({type(error).__name__}: {error})"
+        ) from None
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"damaged: {error}") from None
+    if ended != total:
+        raise ValueError(f"damaged: metrics.csv ends at step {ended} of {total}")
+    if not math.isclose(score, meta["final_score"], rel_tol=1e-9, abs_tol=1e-9):
+        raise ValueError(f"damaged: final score {meta['final_score']} in meta.json, {score} in metrics.csv")
+    if any(versions != used[0] for versions in used):
+        raise ValueError("mixed versions: it was resumed with other ones than it began with")
+    topology = None
+    if meta["n"] is not None and (folder / "masks.npz").exists():
+        topology = read_masks(folder / "masks.npz", meta["n"], meta["m"], metrics)
+    return Run(meta["run_name"], meta, metrics, topology)
+
+
+def read_metrics(path: Path) -> pd.DataFrame:
+    """metrics.csv by global_step; a torn last line is dropped, of a step that was written twice the last row stays."""
+    content = path.read_bytes()
+    frame = pd.read_csv(io.BytesIO(content[: content.rfind(b"\n") + 1]))
+    return frame.drop_duplicates("global_step", keep="last").set_index("global_step").sort_index()
+
+
+def read_masks(path: Path, n: int, m: int, metrics: pd.DataFrame) -> Topology:
+    """Raises ValueError if the masks are not N:M or not those whose SAD was logged."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            data = dict(file)
+        steps = data["global_step"]
+        shapes = {name.removesuffix(".shape"): tuple(shape) for name, shape in data.items() if name.endswith(".shape")}
+        masks = {name: np.unpackbits(data[name], axis=1, count=math.prod(shape)) for name, shape in shapes.items()}
+    except Exception as error:  # of zipfile, zlib and numpy, whatever the damage is
+        raise ValueError(f"damaged: masks.npz: {error}") from None
+    ends = [{name: torch.from_numpy(E[i].reshape(shapes[name])).bool() for name, E in masks.items()} for i in (0, -1)]
+    for E in (E for end in ends for E in end.values()):
+        kept = n * (E.shape[1] // m) + min(n, E.shape[1] % m)
+        if not torch.equal(project(E.float(), n, m), E) or not (E.sum(1) == kept).all():
+            raise ValueError(f"damaged: masks.npz holds a mask that is not {n}:{m}")
+    for key, value in sad_metrics(ends[0], ends[0], ends[1]).items():
+        logged = metrics[key].get(steps[-1], math.nan) if key.startswith("sad_initial") and steps[-1] else math.nan
+        if abs(logged - value) > 1e-9:
+            raise ValueError(f"damaged: {key} of step {steps[-1]} is {logged} in metrics.csv, {value} in masks.npz")
+    nets = {net: np.hstack([E for name, E in masks.items() if name.startswith(net + ".")]) for net in NETS}
+    spans = {net: ever_and_age(E, steps) for net, E in nets.items()}
+    pairwise = {net: pairwise_sad(E) for net, E in nets.items()}
+    return Topology(steps, pairwise, *({net: pair[i] for net, pair in spans.items()} for i in (0, 1)))
+
+
+def fetch_wandb(entity: str, project: str, folder: Path) -> None:
+    """Write metrics.csv, meta.json and masks.npz of each run of a W&B project into a folder of its own."""
+    import wandb
+
+    try:
+        runs = list(wandb.Api().runs(f"{entity}/{project}"))
+    except Exception as error:
+        raise UserError(f"W&B project {entity}/{project} can't be read: {str(error).splitlines()[0]}") from None
+    for run in tqdm(runs, desc="downloading", disable=not sys.stderr.isatty()):
+        if run.job_type == "analysis":
+            continue
+        path = folder / run.id
+        path.mkdir()
+        rows = pd.DataFrame(run.scan_history())
+        rows.drop(columns=[key for key in rows if key.startswith("_")]).to_csv(path / "metrics.csv", index=False)
+        for name in ("meta.json", "masks.npz"):
+            with contextlib.suppress(Exception):  # load_run says what is missing
+                run.file(name).download(root=str(path), replace=True)
+
+
+def load_all(folders: list[Path]) -> tuple[list[Run], list[tuple[str, str]]]:
+    """The usable runs, and (name, reason) of the others."""
+    runs, skipped = [], []
+    for folder in tqdm(folders, desc="reading", unit="run", delay=2, disable=not sys.stderr.isatty()):
+        try:
+            runs.append(load_run(folder))
+        except ValueError as error:
+            skipped.append((folder.name, str(error)))
+    seen = {}
+    for run in sorted(runs, key=lambda run: run.meta["start"]):
+        key = (run.setting, run.pattern, *(run.args.get(name) for name in METHOD), run.args["seed"])
+        if key in seen:
+            skipped.append((seen[key].name, f"same configuration and seed as the later {run.name}"))
+        seen[key] = run
+    return list(seen.values()), skipped
+
+
+# --- Masks --------------------------------------------------------------------------------------------------------
+
+
+def pairwise_sad(E: np.ndarray) -> np.ndarray:
+    """SAD_{i:j} over twice the active weights, [S, S], of masks E [S, weights] that all have as many active ones."""
+    active = E.sum(axis=1, dtype=np.int64)
+    floats = torch.from_numpy(E).float()
+    common = (floats @ floats.T).numpy()  # exact: counts below 2**24
+    return ((active[:, None] + active[None, :] - 2 * common) / (2 * active[0])).astype(np.float32)
+
+
+def ever_and_age(E: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Share of weights seen active so far, and mean age of the active ones, both [S], of masks E [S, weights].
+
+    Snapshots miss what comes and goes between them, so the share is a lower and the age an upper bound: a weight that
+    was inactive at one snapshot and is active from the next one on counts from the former.
+    """
+    E = E.astype(bool)
+    since = np.full(E.shape[1], steps[0], dtype=np.float32)
+    seen, share, age = E[0].copy(), [float(E[0].mean())], [0.0]
+    for i in range(1, len(E)):
+        since[E[i] & ~E[i - 1]] = steps[i - 1]
+        seen |= E[i]
+        share.append(float(seen.mean()))
+        age.append(float(steps[i] - since[E[i]].mean(dtype=np.float64)))
+    return np.array(share), np.array(age)
+
+
+def settled_step(pairwise: np.ndarray, steps: np.ndarray, threshold: float = 0.1) -> float:
+    """First step from which on every snapshot is within `threshold` (SAD) of the final mask; NaN if only that one is.
+
+    Like Early-Bird tickets (You et al., arXiv 1909.11957), which end a search when masks differ by less than 0.1, but
+    against the final mask, so that it does not depend on how often masks are refreshed.
+    """
+    far = np.flatnonzero(pairwise[:, -1] >= threshold)
+    first = far[-1] + 1 if len(far) else 0
+    return float(steps[first]) if first < len(steps) - 1 or len(steps) == 1 else math.nan
+
+
+# --- Statistics ---------------------------------------------------------------------------------------------------
+
+
+def iqm(scores: np.ndarray, axis: int | None = None):
+    """Interquartile mean: of the middle half (25 % trimmed at each end, rounded down), over all entries or an axis."""
+    return scipy.stats.trim_mean(scores, 0.25, axis=axis)
+
+
+def interval(groups: list[np.ndarray], statistic, resamples: int) -> np.ndarray:
+    """95 % stratified percentile bootstrap, [2, ...]: each array [runs, ...] is resampled by its runs on its own.
+
+    statistic takes the resampled arrays [resamples, runs, ...] and returns [resamples, ...]. NaN from a single run.
+    """
+    rng = np.random.default_rng(0)
+    drawn = [group[rng.integers(len(group), size=(resamples, len(group)))] for group in groups]
+    low_high = np.percentile(statistic(*drawn), [2.5, 97.5], axis=0)
+    return low_high if min(map(len, groups)) > 1 else np.full_like(low_high, np.nan)
+
+
+def better(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Probability that a run of x has a higher score than one of y, ties half: [..., runs] each -> [...]."""
+    difference = x[..., :, None] - y[..., None, :]
+    return ((difference > 0) + 0.5 * (difference == 0)).mean(axis=(-2, -1))
+
+
+def spearman(x: np.ndarray, y: np.ndarray, resamples: int) -> tuple[float, np.ndarray]:
+    """Rank correlation of two [runs] and its 95 % bootstrap interval over runs."""
+    rho = float(scipy.stats.spearmanr(x, y).statistic)
+    pairs = np.stack([x, y], axis=1)
+
+    def statistic(drawn):  # [resamples, runs, 2]; a constant resample has no correlation
+        a, b = (scipy.stats.rankdata(drawn[..., i], axis=1) for i in (0, 1))
+        a, b = a - a.mean(axis=1, keepdims=True), b - b.mean(axis=1, keepdims=True)
+        norm = np.sqrt((a**2).sum(axis=1) * (b**2).sum(axis=1))
+        return (a * b).sum(axis=1)[norm > 0] / norm[norm > 0]
+
+    return rho, interval([pairs], statistic, resamples)
+
+
+# --- Matching -----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Study:
+    """Runs of one setting, by configuration."""
+
+    name: str  # for titles: environment, steps and what else is special
+    file: str  # for file names
+    configurations: dict[str, list[Run]]  # label -> runs, ordered by seed; dense first
+    reference: dict[str, str]  # label -> label of the dense configuration that it is compared with
+
+    def scores(self, label: str) -> np.ndarray:
+        return np.array([run.score for run in self.configurations[label]])
+
+
+def density(run: Run) -> float:
+    return 1.0 if run.meta["n"] is None else run.meta["n"] / run.meta["m"]
+
+
+def label_runs(runs: list[Run]) -> None:
+    """Name each configuration by its pattern and by what is not the most frequent value in its setting."""
+    words = {"mask_update_interval": "K = {}", "sparse_head": "sparse head", "hidden_dim": "width {}"}
+    usual = {}
+    for name in words:
+        count = Counter(run.args[name] for run in runs if name in run.args)
+        # ties: the larger value, and no sparse head
+        usual[name] = max(count, key=lambda v, count=count: (count[v], -1 if v is True else v), default=None)
+    for run in runs:
+        found = {name: run.args[name] for name in words if run.args.get(name, usual[name]) != usual[name]}
+        other = [words[name].format(value) for name, value in found.items()]
+        exceptions = {
+            "K = 0": "static masks",
+            "sparse head": "sparse head" if run.args.get("sparse_head") else "dense head",
+        }
+        run.label = ", ".join([run.pattern, *(exceptions.get(word, word) for word in other)])
+
+
+def make_studies(runs: list[Run]) -> tuple[list[Study], list[tuple[str, str]]]:
+    """One study for each setting, and (run, reason) of those that no dense run matches."""
+    settings, studies, unmatched = {}, [], []
+    for run in runs:
+        settings.setdefault(run.setting, []).append(run)
+    varying = {
+        key for setting in settings for key, value in setting if any(dict(o).get(key) != value for o in settings)
+    }
+    for setting, members in sorted(settings.items(), key=lambda item: str(item[0])):
+        label_runs(members)
+        members.sort(key=lambda run: (-density(run), run.label, run.args["seed"]))
+        values = dict(setting)
+        extra = [f"{key} {values[key]}" for key in sorted(varying - {"env_id", "total_timesteps"}) if key in values]
+        name = ", ".join([values["env_id"], f"{values['total_timesteps']:,} steps", *extra])
+        configurations = {}
+        for run in members:
+            configurations.setdefault(run.label, []).append(run)
+        dense = {
+            runs[0].args["hidden_dim"]: label for label, runs in configurations.items() if runs[0].pattern == "dense"
+        }
+        reference = {}
+        for label, group in configurations.items():
+            match = "dense" if group[0].pattern == "dense" else dense.get(group[0].args["hidden_dim"])
+            if match in configurations:
+                reference[label] = match
+            else:
+                unmatched += [(run.name, f"no dense run of the same setting ({name})") for run in group]
+        studies.append(Study(name, re.sub(r"[^\w.-]+", "_", name), configurations, reference))
+    return studies, unmatched
+
+
+# --- Figures ------------------------------------------------------------------------------------------------------
+
+# Okabe and Ito's colours, one for each pattern everywhere; configurations of one pattern differ in the line.
+COLORS = {"dense": "#000000", "2:4": "#0072B2", "1:4": "#E69F00", "1:8": "#009E73", "1:16": "#CC79A7", "4:8": "#56B4E9",
+          "2:8": "#D55E00"}  # fmt: skip
+LINES = ["-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2))]
+MARKERS = "osD^vP*X"
+
+
+def style(study: Study, label: str) -> tuple[str, int]:
+    """Colour of the pattern, and a number for line and marker within the pattern."""
+    pattern = study.configurations[label][0].pattern
+    same = [name for name, runs in study.configurations.items() if runs[0].pattern == pattern]
+    return COLORS.get(pattern, "#7f7f7f"), same.index(label)
+
+
+def new_figure(title: str, rows: int, columns: int, height: float, **options) -> tuple[Figure, np.ndarray]:
+    figure = Figure(figsize=(7, height), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False, **options)
+    figure.suptitle(title, fontsize=10)
+    for ax in axes.flat:
+        ax.tick_params(labelsize=8)
+        ax.grid(alpha=0.3, linewidth=0.5)
+        for side in ("top", "right"):
+            ax.spines[side].set_visible(False)
+    return figure, axes
+
+
+def describe(ax, title: str = "", x: str = "", y: str = "") -> None:
+    ax.set_title(title, fontsize=9)
+    ax.set_xlabel(x, fontsize=8)
+    ax.set_ylabel(y, fontsize=8)
+
+
+def add_legend(figure: Figure) -> None:
+    """One legend below the panels, where it covers no data."""
+    handles = {
+        label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
+    }
+    if handles:
+        columns = 3 if max(map(len, handles)) < 28 else 1
+        figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+
+
+def band(ax, study: Study, label: str, curves: list[pd.Series], resamples: int, scale: float = 1e-3) -> None:
+    """IQM over seeds and its 95 % bootstrap band, where all seeds have a value; x is multiplied by `scale`."""
+    table = pd.concat(curves, axis=1, join="inner").dropna()
+    if table.empty:
+        return
+    table = table.iloc[:: math.ceil(len(table) / 300)]
+    rows, (color, line) = table.to_numpy().T, style(study, label)
+    name = f"{label} ({len(rows)} seed{'s' * (len(rows) > 1)})"
+    marker = "." if len(table) < 3 else None
+    ax.plot(
+        table.index * scale,
+        iqm(rows, axis=0),
+        color=color,
+        linestyle=LINES[line % 6],
+        linewidth=1.2,
+        label=name,
+        marker=marker,
+    )
+    if len(rows) > 1:
+        low, high = interval([rows], lambda drawn: iqm(drawn, axis=1), resamples)
+        ax.fill_between(table.index * scale, low, high, color=color, alpha=0.15, linewidth=0)
+
+
+def sparse_labels(study: Study) -> list[str]:
+    return [label for label, runs in study.configurations.items() if runs[0].pattern != "dense"]
+
+
+def draw_sad(study: Study, resamples: int) -> Figure | None:
+    """1: SAD over training by network, against the previous and against the first mask."""
+    if not sparse_labels(study):
+        return None
+    figure, axes = new_figure(f"How masks change: {study.name}", 2, 3, 5, sharex=True, sharey="row")
+    for row, (key, what) in zip(axes, (("sad", "previous"), ("sad_initial", "first")), strict=True):
+        for ax, net in zip(row, NETS, strict=True):
+            for label in sparse_labels(study):
+                band(ax, study, label, [run.curve(f"{key}/{net}") for run in study.configurations[label]], resamples)
+            describe(ax, net if key == "sad" else "", "" if key == "sad" else "thousand environment steps",
+                     f"SAD to the {what} mask\n(share of active weights)" if net == "actor" else "")  # fmt: skip
+        row[0].set_ylim(bottom=0)
+    add_legend(figure)
+    return figure
+
+
+def draw_layers(study: Study, resamples: int) -> Figure | None:
+    """1: the same by layer."""
+    runs = [run for label in sparse_labels(study) for run in study.configurations[label]]
+    found = re.findall(r"sad/(\w+)/(\w+)(?:$|\n)", "\n".join({key for run in runs for key in run.metrics}))
+    layers = sorted({layer for _, layer in found if layer not in ("fc_mu", "fc3")}) + ["head"] * (
+        "fc3" in dict(map(reversed, found))
+    )
+    if not layers:
+        return None
+    figure, axes = new_figure(
+        f"How masks change, by layer: {study.name}", 2 * len(layers), 3, 1 + 3.2 * len(layers), sharex=True
+    )
+    for i, (layer, key) in enumerate((layer, key) for layer in layers for key in ("sad", "sad_initial")):
+        for ax, net in zip(axes[i], NETS, strict=True):
+            name = layer if layer != "head" else ("fc_mu" if net == "actor" else "fc3")
+            for label in sparse_labels(study):
+                curves = [run.curve(f"{key}/{net}/{name}") for run in study.configurations[label]]
+                if all(len(curve) for curve in curves):
+                    band(ax, study, label, curves, resamples)
+            what = "previous" if key == "sad" else "first"
+            x_label = "thousand environment steps" if i == len(axes) - 1 else ""
+            y_label = f"SAD to {what}" if net == "actor" else ""
+            describe(ax, f"{net}, {name}" if key == "sad" else "", x_label, y_label)
+            ax.set_ylim(bottom=0)
+    add_legend(figure)
+    return figure
+
+
+def draw_divergence(study: Study, _resamples: int) -> Figure | None:
+    """2: SAD_{i:j} between all snapshots, mean over the seeds that have the same snapshots."""
+    labels = [label for label in sparse_labels(study) if any(run.topology for run in study.configurations[label])]
+    labels = [label for label in labels if study.configurations[label][0].args["mask_update_interval"]]  # not static
+    if not labels:
+        return None
+    figure, axes = new_figure(
+        f"SAD between the masks at two times: {study.name}", len(labels), 3, 0.8 + 2.1 * len(labels)
+    )
+    kept = {}
+    for label in labels:
+        topologies = [run.topology for run in study.configurations[label] if run.topology]
+        kept[label] = [t for t in topologies if np.array_equal(t.steps, topologies[0].steps)]
+    top = max(float(t.pairwise[net].max()) for group in kept.values() for t in group for net in NETS) or 1.0
+    for row, (label, group) in zip(axes, kept.items(), strict=True):
+        for ax, net in zip(row, NETS, strict=True):
+            steps = group[0].steps * 1e-3
+            ax.grid(False)
+            image = ax.pcolormesh(steps, steps, np.mean([t.pairwise[net] for t in group], axis=0), vmin=0, vmax=top,
+                                  cmap="viridis", shading="nearest", rasterized=True)  # fmt: skip
+            ax.set_aspect("equal")
+            x_label = "thousand steps" if label == labels[-1] else ""
+            y_label = "thousand steps" if net == "actor" else ""
+            describe(ax, f"{label}, {net} ({len(group)} seed{'s' * (len(group) > 1)})", x_label, y_label)
+    bar = figure.colorbar(image, ax=axes, location="bottom", shrink=0.5, aspect=40)
+    bar.set_label("SAD (share of active weights)", fontsize=8)
+    bar.ax.tick_params(labelsize=8)
+    return figure
+
+
+def draw_ages(study: Study, resamples: int) -> Figure | None:
+    """2: share of weights ever active, and age of the active ones."""
+    labels = [label for label in sparse_labels(study) if all(run.topology for run in study.configurations[label])]
+    if not labels:
+        return None
+    figure, axes = new_figure(
+        f"Which weights were ever active, and for how long: {study.name}", 2, 3, 5, sharex=True, sharey="row"
+    )
+    for ax, net in zip(axes.T, NETS, strict=True):
+        for label in labels:
+            topologies = [run.topology for run in study.configurations[label]]
+            band(ax[0], study, label, [pd.Series(t.ever[net], t.steps) for t in topologies], resamples)
+            band(ax[1], study, label, [pd.Series(t.age[net] * 1e-3, t.steps) for t in topologies], resamples)
+        describe(ax[0], net, y="ever active, at least\n(share of all weights)" if net == "actor" else "")
+        describe(
+            ax[1],
+            "",
+            "thousand environment steps",
+            "mean age of active weights, at most\n(thousand steps)" if net == "actor" else "",
+        )
+        ax[1].plot(
+            topologies[0].steps * 1e-3, topologies[0].steps * 1e-3, color="0.6", linewidth=0.8, label="never replaced"
+        )
+    axes[0, 0].set_ylim(0, 1)
+    add_legend(figure)
+    return figure
+
+
+def draw_sad_against_return(study: Study, resamples: int) -> Figure | None:
+    """3: each run a point."""
+    found = {label: sad_and_score(study.configurations[label]) for label in sparse_labels(study)}
+    found = {label: pairs for label, pairs in found.items() if len(pairs)}
+    if not found:
+        return None
+    figure, axes = new_figure(f"Does settling go with return? {study.name}", 1, 1, 4.2)
+    for label, pairs in found.items():
+        color, number = style(study, label)
+        text = f"{label}: {correlation_text(pairs, resamples)}"
+        axes[0, 0].scatter(*pairs.T, color=color, marker=MARKERS[number % 8], s=22, label=text, alpha=0.8)
+    describe(
+        axes[0, 0],
+        "",
+        "settled SAD: mean SAD to the previous mask, last tenth of training (share of active weights)",
+        "final score",
+    )
+    add_legend(figure)
+    return figure
+
+
+def draw_interval(study: Study, resamples: int) -> Figure | None:
+    """4: mask-update interval K against return and SAD, for each pattern that was run with several K."""
+    groups = {}
+    for label in sparse_labels(study):
+        first = study.configurations[label][0]
+        other = [word for word in label.split(", ") if not re.match("K = |static", word)]
+        groups.setdefault(", ".join(other), []).append((first.args["mask_update_interval"], label))
+    groups = {
+        name: sorted(found, key=lambda pair: pair[0] or math.inf) for name, found in groups.items() if len(found) > 1
+    }
+    if not groups:
+        return None
+    figure, axes = new_figure(f"How often should masks move? {study.name}", 1, 2, 3.2)
+    order = sorted({k for found in groups.values() for k, _ in found}, key=lambda k: k or math.inf)
+    for name, found in groups.items():
+        runs = [study.configurations[label] for _, label in found]
+        places = [order.index(k) for k, _ in found]
+        color, _ = style(study, found[0][1])
+        moved = [[run.topology.pairwise for run in group if run.topology] for group in runs]
+        sads = [np.array([np.mean([pairwise[net][0, -1] for net in NETS]) for pairwise in group]) for group in moved]
+        for ax, values in zip(axes[0], ([study.scores(label) for _, label in found], sads), strict=True):
+            middle = [iqm(v) if len(v) else math.nan for v in values]
+            low, high = np.array(
+                [interval([v], lambda d: iqm(d, axis=1), resamples) if len(v) else [math.nan] * 2 for v in values]
+            ).T
+            ax.errorbar(
+                places,
+                middle,
+                [middle - low, high - middle],
+                color=color,
+                marker="o",
+                capsize=3,
+                linewidth=1.2,
+                label=name,
+            )
+    for ax in axes[0]:
+        ax.set_xticks(range(len(order)), [f"{k:,}" if k else "static" for k in order])
+    describe(axes[0, 0], "", "K, critic updates between refreshes", "final score (IQM, 95 % interval)")
+    describe(
+        axes[0, 1],
+        "",
+        "K, critic updates between refreshes",
+        "SAD of the last to the first mask\n(share of active weights)",
+    )
+    add_legend(figure)
+    return figure
+
+
+def draw_returns(study: Study, resamples: int) -> Figure:
+    """5: learning curves over steps and over training time."""
+    figure, axes = new_figure(f"Return of the noise-free policy: {study.name}", 1, 2, 4, sharey=True)
+    for label, runs in study.configurations.items():
+        curves = [run.curve("eval/episodic_return") for run in runs]
+        band(axes[0, 0], study, label, curves, resamples)
+        clocks = [
+            run.metrics["charts/wall_time_s"].loc[curve.index].to_numpy() / 60
+            for run, curve in zip(runs, curves, strict=True)
+        ]
+        grid = np.linspace(0, min(clock[-1] for clock in clocks), 100)
+        timed = [pd.Series(np.interp(grid, clock, curve), grid) for clock, curve in zip(clocks, curves, strict=True)]
+        band(axes[0, 1], study, label, timed, resamples, scale=1)
+    describe(axes[0, 0], "", "thousand environment steps", "evaluation return\n(IQM over seeds, 95 % band)")
+    hardware = sorted({f"{run.meta['hardware']}, {run.meta['threads']} thread{'s' * (run.meta['threads'] > 1)}"
+                       for runs in study.configurations.values() for run in runs})  # fmt: skip
+    describe(axes[0, 1], "", "training minutes, as run\n" + "; ".join(hardware[:2]) + "; ..." * (len(hardware) > 2))
+    add_legend(figure)
+    return figure
+
+
+def draw_scores(study: Study, resamples: int) -> Figure:
+    """5: final scores, a point for each seed."""
+    labels = list(study.configurations)
+    figure, axes = new_figure(f"Final scores: {study.name}", 1, 1, 1.2 + 0.32 * len(labels))
+    ax = axes[0, 0]
+    for place, label in enumerate(labels):
+        scores, (color, _) = study.scores(label), style(study, label)
+        ax.scatter(scores, np.full(len(scores), place), color=color, s=14, alpha=0.5, linewidths=0)
+        low, high = interval([scores], lambda drawn: iqm(drawn, axis=1), resamples)
+        ax.errorbar(iqm(scores), place, xerr=[[iqm(scores) - low], [high - iqm(scores)]] if len(scores) > 1 else None,
+                    color=color, marker="|", markersize=12, capsize=3, linewidth=1.5)  # fmt: skip
+    ax.set_yticks(range(len(labels)), [f"{label} ({len(study.scores(label))})" for label in labels])
+    ax.invert_yaxis()
+    describe(ax, "", "mean of the last evaluations; dots: seeds, bar: IQM with 95 % interval", "configuration (seeds)")
+    return figure
+
+
+FIGURES = {"returns": draw_returns, "scores": draw_scores, "sad": draw_sad, "sad_layers": draw_layers,
+           "divergence": draw_divergence, "ages": draw_ages, "sad_return": draw_sad_against_return,
+           "interval": draw_interval}  # fmt: skip
+
+
+# --- Tables -------------------------------------------------------------------------------------------------------
+
+ENOUGH = 10  # runs below which a correlation is not commented on
+
+
+def sad_and_score(runs: list[Run]) -> np.ndarray:
+    """[runs, 2]: settled SAD and final score, of the runs that have both."""
+    pairs = np.array([(run.settled_sad(), run.score) for run in runs])
+    return pairs[~np.isnan(pairs).any(axis=1)]
+
+
+def correlation_text(pairs: np.ndarray, resamples: int) -> str:
+    if len(pairs) < 3 or len(set(pairs[:, 0])) < 2 or len(set(pairs[:, 1])) < 2:
+        return f"{len(pairs)} runs, too few to correlate"
+    rho, (low, high) = spearman(*pairs.T, resamples)
+    verdict = f", too few runs to conclude ({ENOUGH} needed)" if len(pairs) < ENOUGH else ""
+    return f"Spearman {rho:+.2f} [{low:+.2f}, {high:+.2f}], {len(pairs)} runs{verdict}"
+
+
+def configuration_row(study: Study, label: str, resamples: int) -> dict:
+    runs, scores = study.configurations[label], study.scores(label)
+    row = {"setting": study.name, "configuration": label, "seeds": len(runs), "final_score_iqm": iqm(scores)}
+    row["low"], row["high"] = interval([scores], lambda drawn: iqm(drawn, axis=1), resamples)
+    reference = study.reference.get(label)
+    if reference and reference != label:
+        dense = study.scores(reference)
+        row |= {"dense": reference, "of_dense": iqm(scores) / iqm(dense)}
+        row["of_dense_low"], row["of_dense_high"] = interval(
+            [scores, dense], lambda x, y: iqm(x, axis=1) / iqm(y, axis=1), resamples
+        )
+        by_seed = {run.args["seed"]: run.score for run in study.configurations[reference]}
+        paired = np.array([run.score - by_seed[run.args["seed"]] for run in runs if run.args["seed"] in by_seed])
+        row["pairs"] = len(paired)
+        if len(paired):
+            row["difference"] = paired.mean()
+            row["difference_low"], row["difference_high"] = interval([paired], lambda d: d.mean(axis=1), resamples)
+        row["p_better"] = float(better(scores, dense))
+        row["p_better_low"], row["p_better_high"] = interval([scores, dense], better, resamples)
+    stats = runs[0].meta
+    row["params_active"] = stats["params_active"]
+    row["mflops_per_update"] = stats["flops_per_update"]["sparse"] / 1e6
+    row["training_minutes"] = statistics.median(run.metrics["charts/wall_time_s"].iloc[-1] / 60 for run in runs)
+    row["kernel"] = ", ".join(sorted({run.meta["kernel"] for run in runs}))
+    sads = [sad for run in runs if not math.isnan(sad := run.settled_sad())]
+    row["settled_sad"] = statistics.fmean(sads) if sads else math.nan
+    for net in NETS:
+        steps = [settled_step(run.topology.pairwise[net], run.topology.steps) for run in runs if run.topology]
+        row[f"settled_step_{net}"] = (
+            statistics.median(math.inf if math.isnan(s) else s for s in steps) if steps else math.nan
+        )
+    return row
+
+
+def pooled_rows(studies: list[Study], resamples: int) -> list[dict]:
+    """Dense-normalised scores over all settings in which a configuration and its dense runs are: stratified IQM."""
+    rows = []
+    for label in dict.fromkeys(
+        label for study in studies for label in study.reference if study.reference[label] != label
+    ):
+        found = [study for study in studies if study.reference.get(label)]
+        if len(found) < 2:
+            continue
+        groups = [study.scores(label) / iqm(study.scores(study.reference[label])) for study in found]
+        row = {"setting": f"all {len(found)} settings with it, of dense", "configuration": label}
+        row["seeds"] = " + ".join(str(len(group)) for group in groups)
+        row["of_dense"] = iqm(np.concatenate(groups))
+        row["of_dense_low"], row["of_dense_high"] = interval(
+            groups, lambda *drawn: iqm(np.concatenate(drawn, axis=1), axis=1), resamples
+        )
+        rows.append(row)
+    return rows
+
+
+def table_line(cells: list) -> str:
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def write_summary(out: Path, studies, skipped, unmatched, resamples: int) -> pd.DataFrame:
+    rows = [configuration_row(study, label, resamples) for study in studies for label in study.configurations]
+    frame = pd.DataFrame(rows + pooled_rows(studies, resamples))
+    frame.to_csv(out / "summary.csv", index=False)
+
+    def span(row, key: str, digits: int = 0, low: str = "", high: str = "") -> str:
+        if pd.isna(row.get(key)):
+            return ""
+        ends = [row.get(low or f"{key}_low"), row.get(high or f"{key}_high")]
+        numbers = "" if any(map(pd.isna, ends)) else f" [{ends[0]:,.{digits}f}, {ends[1]:,.{digits}f}]"
+        return f"{row[key]:,.{digits}f}{numbers}"
+
+    lines = [
+        "# Runs compared",
+        "",
+        f"95 % bootstrap intervals over seeds ({resamples:,} resamples) in brackets; one seed has none.",
+        "",
+    ]
+    for setting, part in frame.groupby("setting", sort=False):
+        lines += [f"## {setting}", ""]
+        header = """configuration / seeds / final score (IQM) / of dense / minus dense, by seed / P(better than dense)
+            / active parameters / MFLOP per update / minutes / settled SAD / settled at step: actor, qf1, qf2"""
+        header = [" ".join(cell.split()) for cell in header.split("/")]
+        lines += [table_line(header), table_line(["---"] * len(header))]
+        for row in part.to_dict("records"):
+            whole = [row.get(key) for key in ("params_active", "mflops_per_update", "training_minutes", "settled_sad")]
+            numbers = [
+                "" if pd.isna(x) else f"{x:{f}}" for x, f in zip(whole, (",.0f", ",.0f", ".1f", ".4f"), strict=True)
+            ]
+            settled = [row.get(f"settled_step_{net}") for net in NETS]
+            settled = (
+                ""
+                if any(map(pd.isna, settled))
+                else ", ".join("never" if math.isinf(s) else f"{s:,.0f}" for s in settled)
+            )
+            pairs = f" ({row['pairs']:.0f} pairs)" if not pd.isna(row.get("pairs")) and row["pairs"] else ""
+            scores = [span(row, "final_score_iqm", low="low", high="high"), span(row, "of_dense", 2)]
+            scores += [span(row, "difference") + pairs, span(row, "p_better", 2)]
+            lines.append(table_line([row["configuration"], row["seeds"], *scores, *numbers, settled]))
+        lines.append("")
+        for study in studies:
+            if study.name == setting and sparse_labels(study):
+                lines += ["Settled SAD against final score, each run a point:", ""]
+                groups = {label: study.configurations[label] for label in sparse_labels(study)}
+                groups["all N:M runs together (differences between configurations included)"] = [
+                    *itertools.chain(*groups.values())
+                ]
+                lines += [
+                    f"- {label}: {correlation_text(sad_and_score(runs), resamples)}" for label, runs in groups.items()
+                ]
+                lines.append("")
+    for title, pairs in (("Skipped", skipped), ("Without a dense twin, so not compared", unmatched)):
+        if pairs:
+            lines += [f"## {title}", "", *(f"- {name}: {reason}" for name, reason in pairs), ""]
+    (out / "summary.md").write_text("\n".join(lines))
+    return frame
+
+
+def log_wandb(args: Args, out: Path, frame: pd.DataFrame) -> None:
+    """A W&B run with the same figures and table; offline without a login."""
+    import wandb
+
+    try:
+        online = os.environ.get("WANDB_MODE") or wandb.login(prompt=False, verify=False)
+        run = wandb.init(
+            project=args.wandb_project_name or "nm-sparse-rl",
+            entity=args.wandb_entity,
+            job_type="analysis",
+            name=f"sad_analysis_{out.resolve().name}",
+            config=vars(args),
+            mode=None if online else "offline",
+            settings=wandb.Settings(silent=True, console="off", init_timeout=30),
+        )
+        run.log({"summary": wandb.Table(dataframe=frame.astype(object).where(frame.notna(), None))})
+        run.log({path.stem: wandb.Image(str(path)) for path in sorted(out.glob("*.png"))})
+        run.save(str(out / "summary.*"), base_path=str(out), policy="now")
+        run.finish()
+    except Exception as error:
+        print(
+            f"warning: not in W&B: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
+            file=sys.stderr,
+        )
+
+
+def analyse(args: Args, folders: list[Path]) -> None:
+    runs, skipped = load_all(folders)
+    for name, reason in skipped:
+        print(f"skipped {name}: {reason}", file=sys.stderr)
+    if not runs:
+        raise UserError(
+            f"no finished runs among {len(folders)} folders in {' '.join(args.runs) or args.wandb_project_name}"
+        )
+    studies, unmatched = make_studies(runs)
+    for name, reason in unmatched:
+        print(f"not compared {name}: {reason}", file=sys.stderr)
+    if any(run.meta["n"] is not None and run.topology is None for run in runs):
+        print("note: N:M runs without masks.npz are not in the figures of masks", file=sys.stderr)
+    out = Path(args.out)
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        frame = write_summary(out, studies, skipped, unmatched, args.resamples)
+    except OSError as error:
+        raise UserError(f"--out {args.out} can't be written: {error}") from None
+    jobs = [(study, name) for study in studies for name in FIGURES]
+    for study, name in tqdm(jobs, desc="drawing", unit="figure", delay=2, disable=not sys.stderr.isatty()):
+        if figure := FIGURES[name](study, args.resamples):
+            for kind in ("png", "svg"):
+                figure.savefig(out / f"{study.file}_{name}.{kind}", dpi=200)
+    print((out / "summary.md").read_text())
+    if args.track:
+        log_wandb(args, out, frame)
+    print(f"{len(runs)} runs, {len(skipped)} skipped: figures and tables are in {out}")
+
+
+def main() -> int:
+    args = tyro.cli(Args, description=__doc__)
+    torch.set_num_threads(1)  # masks are small
+    try:
+        if args.resamples < 100:
+            raise UserError("--resamples must be at least 100")
+        if bool(args.runs) == bool(args.wandb_project_name) or (args.wandb_project_name and not args.wandb_entity):
+            raise UserError("name run folders, or --wandb-entity and --wandb-project-name")
+        with tempfile.TemporaryDirectory() as scratch:
+            if args.wandb_project_name:
+                fetch_wandb(args.wandb_entity, args.wandb_project_name, Path(scratch))
+            folders = find_folders(args.runs or (scratch,))
+            if not folders:
+                raise UserError(f"no runs in {' '.join(args.runs) or args.wandb_project_name}")
+            analyse(args, folders)
+        return 0
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,308 @@
+"""sad_analysis.py: its numbers by hand, its files from made-up and from real runs, what it says of bad ones."""
+
+import csv
+import dataclasses
+import json
+import shutil
+import sys
+import types
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+
+import sad_analysis as sa
+
+SHAPES = {
+    "actor.fc1": (6, 10),
+    "actor.fc2": (6, 6),
+    "qf1.fc1": (6, 12),
+    "qf1.fc2": (6, 6),
+    "qf2.fc1": (6, 12),
+    "qf2.fc2": (6, 6),
+}
+
+
+def make_run(rnm, folder, *, seed=1, n=1, m=4, score=100.0, total=3000, churn=0.2, **changes):
+    """A finished run's folder as the training scripts leave it: evaluations at `score`, masks that drift."""
+    args = dataclasses.asdict(rnm.Args(seed=seed, env_id="Ant-v4", total_timesteps=total, **changes.pop("args", {})))
+    args |= {"n": n, "m": m} if n else {}
+    if not n:
+        args = {k: v for k, v in args.items() if k not in ("n", "m", "mask_update_interval", "sparse_head")}
+    folder.mkdir(parents=True)
+    generator = torch.Generator().manual_seed(seed)
+    rows = [{"global_step": step, "eval/episodic_return": score * step / total, "charts/wall_time_s": step / 100}
+            for step in range(0, total + 1, 300)]  # fmt: skip
+    if n:
+        W = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+        masks = first = {name: rnm.project(w, n, m) for name, w in W.items()}
+        history = rnm.add_masks([], first, 0, 0, 0)
+        for refresh in range(1, 11):
+            for w in W.values():
+                w += churn * torch.randn(w.shape, generator=generator)
+            new = {name: rnm.project(w, n, m) for name, w in W.items()}
+            rows[refresh] |= rnm.sad_metrics(first, masks, new)
+            history = rnm.add_masks(history, new, 300 * refresh, 100 * refresh, refresh)
+            masks = new
+        rnm.save_masks(folder / "masks.npz", history, masks)
+    header = list(dict.fromkeys([*rnm.METRICS, *(key for row in rows for key in row)]))
+    with open(folder / "metrics.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, header)
+        writer.writeheader()
+        writer.writerows(rows)
+    evaluations = [[row["global_step"], row["eval/episodic_return"]] for row in rows[1:]]
+    meta = {"run_name": folder.name, "n": n, "m": m if n else None, "args": args, "start": f"2026-01-0{seed}",
+            "exit_reason": "finished", "final_score": rnm.final_score(evaluations), "params_active": 1000,
+            "kernel": "nm", "flops_per_update": {"dense": 4e6, "sparse": 1e6}, "hardware": "a CPU", "threads": 1,
+            "versions": {"mujoco": "3.4.0", "torch": "2.13.0"}}  # fmt: skip
+    (folder / "meta.json").write_text(json.dumps(meta | changes))
+    return folder
+
+
+def run(monkeypatch, capsys, *argv):
+    monkeypatch.setattr(sys, "argv", ["sad_analysis.py", *map(str, argv)])
+    try:
+        code = sa.main()
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capsys.readouterr()
+
+
+def test_iqm_is_rliables():
+    assert sa.iqm(np.array([[1, 2], [2, 2], [1, 1], [2, 1]])) == 1.5
+    assert sa.iqm(np.array([0.0, 1.0, 2.0, 3.0, 100.0])) == 2.0  # of five runs the middle three
+    assert np.array_equal(sa.iqm(np.array([[0, 5], [1, 6], [2, 7], [9, 90]]), axis=0), [1.5, 6.5])
+
+
+def test_bootstrap_by_hand():
+    low, high = sa.interval([np.array([0.0, 1.0])], lambda drawn: drawn.mean(axis=1), 4000)
+    assert (low, high) == (0.0, 1.0)  # 0 and 1 have a quarter of the resamples each
+    a = np.random.default_rng(1).normal(10, 1, 400)
+    low, high = sa.interval([a], lambda drawn: drawn.mean(axis=1), 4000)
+    assert low == pytest.approx(a.mean() - 1.96 * a.std() / 20, abs=0.02)
+    assert high == pytest.approx(a.mean() + 1.96 * a.std() / 20, abs=0.02)
+    assert np.isnan(sa.interval([np.array([3.0])], lambda drawn: drawn.mean(axis=1), 100)).all()
+    groups = [np.zeros(5), np.ones(5)]  # strata stay apart: every resample has five of each
+    assert (sa.interval(groups, lambda x, y: np.concatenate([x, y], axis=1).mean(axis=1), 100) == 0.5).all()
+
+
+def test_probability_of_improvement_by_hand():
+    assert sa.better(np.array([1, 2, 3]), np.array([0, 2])) == pytest.approx((1 + 1.5 + 2) / 6)
+
+
+def test_spearman_by_hand():
+    x, y = np.array([1.0, 2, 3, 4, 5]), np.array([1.0, 4, 2, 8, 16])
+    rho, (low, high) = sa.spearman(x, y, 500)
+    assert rho == pytest.approx(1 - 6 * (0 + 1 + 1 + 0 + 0) / (5 * 24)) and low < rho <= high <= 1
+    assert "too few to correlate" in sa.correlation_text(np.array([[1, 2], [2, 3]]), 100)
+    assert "too few runs to conclude" in sa.correlation_text(np.stack([x, y], axis=1), 100)
+    many = np.arange(20.0)
+    assert sa.correlation_text(np.stack([many, -many], axis=1), 100) == "Spearman -1.00 [-1.00, -1.00], 20 runs"
+
+
+def test_sad_age_and_settling_by_hand():
+    E = np.array([[1, 0, 1, 0], [1, 0, 0, 1], [0, 1, 0, 1], [0, 1, 1, 0]], np.uint8)  # 1:2 masks at four times
+    pairwise = sa.pairwise_sad(E)
+    assert np.array_equal(pairwise, np.array([[0, 2, 4, 2], [2, 0, 2, 4], [4, 2, 0, 2], [2, 4, 2, 0]]) / 4)
+    steps = np.array([0, 100, 200, 300])
+    share, age = sa.ever_and_age(E, steps)
+    assert share.tolist() == [0.5, 0.75, 1.0, 1.0]
+    # At 100: weight 0 since 0, weight 3 since after 0. At 200: 1 since after 100, 3 since 0. At 300: 1 (100), 2 (200).
+    assert age.tolist() == [0.0, 100.0, 150.0, 150.0]
+    assert np.isnan(sa.settled_step(pairwise, steps))  # the last snapshot but one is still far from the last
+    near = np.array([[0, 0.5, 0.5, 0.5], [0.5, 0, 0.2, 0.2], [0.5, 0.2, 0, 0.05], [0.5, 0.2, 0.05, 0]])
+    assert sa.settled_step(near, steps) == 200.0
+    assert sa.settled_step(np.zeros((4, 4)), steps) == 0.0
+
+
+def test_sad_of_real_files_is_what_was_logged(rnm, small):
+    folder = rnm.train(small(rnm, n=1, m=4, total_timesteps=400, mask_update_interval=20))["run_dir"]
+    loaded = sa.load_run(sa.Path(folder))
+    logged = loaded.metrics["sad_initial/qf1"].dropna()
+    assert len(logged) > 5
+    for i, step in enumerate(loaded.topology.steps[1:], 1):
+        assert loaded.topology.pairwise["qf1"][0, i] == pytest.approx(logged[step], abs=1e-7)
+    assert loaded.score == pytest.approx(loaded.meta["final_score"])
+
+
+def test_end_to_end(rnm, monkeypatch, capsys, tmp_path):
+    runs = tmp_path / "runs"
+    for seed in (1, 2, 3):
+        make_run(rnm, runs / f"dense_{seed}", seed=seed, n=None, score=100.0 + seed)
+        make_run(rnm, runs / f"sparse_{seed}", seed=seed, score=110.0 + 2 * seed)
+        make_run(rnm, runs / f"fast_{seed}", seed=seed, score=90.0, args={"mask_update_interval": 100})
+        make_run(rnm, runs / f"head_{seed}", seed=seed, score=80.0, args={"sparse_head": True})
+    make_run(rnm, runs / "static_1", seed=1, score=85.0, args={"mask_update_interval": 0}, churn=0.0)
+    code, out, err = run(monkeypatch, capsys, runs, "--out", tmp_path / "a", "--no-track")
+    assert code == 0, err
+    table = pd.read_csv(tmp_path / "a/summary.csv").set_index("configuration")
+    assert list(table.index) == ["dense", "1:4", "1:4, K = 100", "1:4, sparse head", "1:4, static masks"]
+    last_half = np.mean([0.6, 0.7, 0.8, 0.9, 1.0])
+    scores, dense = last_half * np.array([112, 114, 116]), last_half * np.array([101, 102, 103])
+    assert table.final_score_iqm["1:4"] == pytest.approx(scores.mean())  # of three runs none is trimmed
+    assert table.of_dense["1:4"] == pytest.approx(scores.mean() / dense.mean())
+    assert table.difference["1:4"] == pytest.approx((scores - dense).mean()) and table.pairs["1:4"] == 3
+    assert table.difference_low["1:4"] == pytest.approx((scores - dense).min(), rel=0.05)
+    assert table.p_better["1:4"] == 1.0 and table.p_better["1:4, K = 100"] == 0.0
+    assert np.isnan(table.of_dense["dense"]) and np.isnan(table.settled_sad["dense"])
+    assert table.settled_sad["1:4"] > 0 and table.settled_sad["1:4, static masks"] == 0
+    assert np.isnan(table.low["1:4, static masks"])  # one seed has no interval
+    names = {path.stem.split("steps_")[-1] for path in (tmp_path / "a").glob("*.png")}
+    assert names == set(sa.FIGURES) == {path.stem.split("steps_")[-1] for path in (tmp_path / "a").glob("*.svg")}
+    assert "1:4, K = 100" in out and (tmp_path / "a/summary.md").read_text() in out
+
+
+def test_what_does_not_match_is_listed_and_not_mixed(rnm, monkeypatch, capsys, tmp_path):
+    runs = tmp_path / "runs"
+    monkeypatch.setattr(sa, "FIGURES", {})
+    make_run(rnm, runs / "dense_1", n=None)
+    make_run(rnm, runs / "sparse_1", score=50.0)
+    make_run(rnm, runs / "sparse_2", seed=2, score=60.0)
+    make_run(rnm, runs / "again_2", seed=2, score=70.0, start="2026-02-02")
+    make_run(rnm, runs / "other_physics", seed=3, versions={"mujoco": "4.0.1", "torch": "2.13.0"})
+    make_run(rnm, runs / "other_gamma", seed=4, args={"gamma": 0.9})
+    make_run(rnm, runs / "narrow", seed=5, args={"hidden_dim": 64})
+    code, out, err = run(monkeypatch, capsys, runs / "*", "--out", tmp_path / "a", "--no-track")
+    assert code == 0
+    for name in ("other_physics", "other_gamma", "narrow"):
+        assert err.count(f"not compared {name}: no dense run") == 1
+    assert "skipped sparse_2: same configuration and seed as the later again_2" in err
+    table = pd.read_csv(tmp_path / "a/summary.csv")
+    row = table[(table.configuration == "1:4") & table.of_dense.notna()].iloc[0]
+    assert row.seeds == 2 and row.pairs == 1  # dense has seed 1 only
+    assert "mujoco 4.0" in out and "gamma 0.9" in out
+
+
+def cut(path, size):
+    path.write_bytes(path.read_bytes()[:size])
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 255
+    path.write_bytes(bytes(data))
+
+
+DAMAGE = {
+    "not finished": lambda d: edit(d, exit_reason="running"),
+    "not finished (exit reason: sigterm)": lambda d: edit(d, exit_reason="sigterm"),
+    "damaged: ": lambda d: cut(d / "meta.json", 30),
+    "meta.json is missing": lambda d: (d / "meta.json").unlink(),
+    "metrics.csv is missing": lambda d: (d / "metrics.csv").unlink(),
+    "empty, or": lambda d: cut(d / "metrics.csv", 0),
+    "damaged: metrics.csv ends at step": lambda d: cut(d / "metrics.csv", (d / "metrics.csv").stat().st_size - 3),
+    "damaged: final score": lambda d: edit(d, final_score=1e9),
+    "mixed versions": lambda d: edit(d, resumed=[{"versions": {"mujoco": "3.3.0"}}]),
+    "damaged: masks.npz": lambda d: flip(d / "masks.npz"),
+    "written by another version": lambda d: edit(d, args={}),
+    "mask that is not 2:4": lambda d: edit(d, n=2, m=4),
+}
+
+
+def edit(folder, **changes):
+    path = folder / "meta.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+@pytest.mark.parametrize("reason", DAMAGE)
+def test_runs_that_cant_be_used_are_named(rnm, tmp_path, reason):
+    make_run(rnm, tmp_path / "runs/good")
+    DAMAGE[reason](make_run(rnm, tmp_path / "runs/bad", seed=2))
+    runs, skipped = sa.load_all(sa.find_folders((str(tmp_path / "runs"),)))
+    assert [run.name for run in runs] == ["good"]
+    assert [name for name, _ in skipped] == ["bad"] and reason in skipped[0][1]
+
+
+def test_other_masks_than_logged_are_found(rnm, tmp_path):
+    a, b = make_run(rnm, tmp_path / "a", seed=1), make_run(rnm, tmp_path / "b", seed=2)
+    shutil.copy(a / "masks.npz", b / "masks.npz")
+    with pytest.raises(ValueError, match="sad_initial/actor"):
+        sa.load_run(b)
+
+
+def test_a_torn_line_and_a_doubled_row(rnm, tmp_path):
+    folder = make_run(rnm, tmp_path / "a")
+    path = folder / "metrics.csv"
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:3], *lines[2:], "3300,1"]))
+    loaded = sa.load_run(folder)
+    assert loaded.metrics.index.is_unique and loaded.metrics.index[-1] == 3000
+
+
+def test_without_masks_and_without_sparse_runs(rnm, monkeypatch, capsys, tmp_path):
+    (make_run(rnm, tmp_path / "runs/sparse") / "masks.npz").unlink()
+    make_run(rnm, tmp_path / "runs/dense", n=None)
+    code, _, err = run(monkeypatch, capsys, tmp_path / "runs", "--out", tmp_path / "a", "--no-track")
+    assert code == 0 and "without masks.npz" in err
+    assert not list((tmp_path / "a").glob("*divergence*")) and list((tmp_path / "a").glob("*_sad.png"))
+    shutil.rmtree(tmp_path / "runs/sparse")
+    code, _, _ = run(monkeypatch, capsys, tmp_path / "runs", "--out", tmp_path / "b", "--no-track")
+    assert code == 0 and len(list((tmp_path / "b").glob("*.png"))) == 2  # returns and scores
+
+
+def test_bad_input(monkeypatch, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    for argv in ([], [tmp_path], [tmp_path / "nowhere"], [tmp_path, "--resamples", 5], ["--wandb-project-name", "p"],
+                 [tmp_path, "--wandb-entity", "e", "--wandb-project-name", "p"]):  # fmt: skip
+        code, _, err = run(monkeypatch, capsys, *argv, "--no-track")
+        assert code == 2 and err.startswith("error: ") and err.count("\n") == 1, argv
+
+
+def test_only_unusable_runs_is_an_error(rnm, monkeypatch, capsys, tmp_path):
+    edit(make_run(rnm, tmp_path / "runs/a"), exit_reason="nan")
+    code, _, err = run(monkeypatch, capsys, tmp_path / "runs", "--out", tmp_path / "a", "--no-track")
+    assert code == 2 and "error: no finished runs" in err
+
+
+def test_runs_from_wandb(rnm, monkeypatch, capsys, tmp_path):
+    """The cloud through a stub: rows come as dicts, those since a checkpoint twice; the rest are files."""
+    import wandb
+
+    folders = [make_run(rnm, tmp_path / "cloud/dense", n=None, score=80.0), make_run(rnm, tmp_path / "cloud/sparse")]
+
+    class CloudFile:
+        def __init__(self, path):
+            self.path = path
+
+        def download(self, root, replace):
+            assert replace
+            shutil.copy(self.path, root)
+
+    class CloudRun:
+        job_type = None
+
+        def __init__(self, folder):
+            self.id, self.folder = f"{folder.name}-1a2b", folder
+
+        def scan_history(self):
+            rows = [
+                {k: float(v) for k, v in row.items() if v} for row in csv.DictReader(open(self.folder / "metrics.csv"))
+            ]
+            return [{**row, "_step": i} for i, row in enumerate(rows[:5] + rows[3:])]
+
+        def file(self, name):
+            return CloudFile(self.folder / name)
+
+    class Api:
+        def runs(self, path):
+            assert path == "me/mine"
+            return [*map(CloudRun, folders), types.SimpleNamespace(job_type="analysis")]
+
+    monkeypatch.setattr(wandb, "Api", Api)
+    monkeypatch.setattr(sa, "FIGURES", {})
+    argv = ("--wandb-entity", "me", "--wandb-project-name", "mine", "--no-track")
+    code, _, err = run(monkeypatch, capsys, *argv, "--out", tmp_path / "a")
+    assert code == 0, err
+    code, *_ = run(monkeypatch, capsys, tmp_path / "cloud", "--no-track", "--out", tmp_path / "b")
+    a, b = (pd.read_csv(tmp_path / name / "summary.csv") for name in "ab")
+    pd.testing.assert_frame_equal(a, b)
+
+
+def test_offline_wandb_run(rnm, monkeypatch, capsys, tmp_path):
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.chdir(tmp_path)
+    make_run(rnm, tmp_path / "runs/a")
+    code, _, err = run(monkeypatch, capsys, "runs", "--resamples", 100)
+    assert code == 0 and "warning" not in err
+    assert list(tmp_path.glob("wandb/offline-run-*/files/media/images/*.png"))
