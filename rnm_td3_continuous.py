@@ -149,6 +149,7 @@ def project(W: torch.Tensor, n: int, m: int) -> torch.Tensor:
 # --- end shared ---
 
 
+# --- shared: layer ---
 class NMLinear(nn.Module):
     """nn.Linear made row-wise N:M: x [B, in] -> x W~^T + bias [B, out], W~ = W * E.
 
@@ -183,6 +184,9 @@ class NMLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight, self.bias)
+
+
+# --- end shared ---
 
 
 def sparsify(net: nn.Module, args: Args) -> nn.Module:
@@ -1255,6 +1259,7 @@ def hardware_report(run: Run, env: gym.Env, rb: ReplayBuffer, networks: tuple, s
 
 
 # --- kernels ---
+# --- shared: kernels ---
 # The same network function, several times faster on a CPU: packed row-wise N:M products that do N/M of the work.
 #   forward      y[b, r]  = bias[r] + sum over k of values[r, k] x[b, index[r, k]]
 #   grad-input   dx[b, c] = sum over all (r, k) with index[r, k] = c of values[r, k] dy[b, r]
@@ -1835,11 +1840,14 @@ def load_kernels() -> ctypes.CDLL:
         command = [*compiler, *flags, "-x", "c", "-", "-o", built]
         run = subprocess.run(command, input=KERNELS.encode(), capture_output=True)
         if run.returncode:
-            raise OSError(f"{compiler[0]} failed: {first_line(Exception(run.stderr.decode()))}")
+            raise OSError(f"{compiler[0]} failed: {run.stderr.decode().strip().splitlines()[:1]}")
         with contextlib.suppress(OSError):  # a cache that can't be written: compile at each start
             path.parent.mkdir(parents=True, exist_ok=True)
             own = path.with_name(f"{key}-{os.getpid()}.so")  # so that nobody else writes it
-            write_atomic(own, lambda file: file.write(built.read_bytes()))
+            with open(own, "wb") as file:
+                file.write(built.read_bytes())
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(own, path)
         return open_library(built)
 
@@ -1848,6 +1856,9 @@ def open_library(path: Path) -> ctypes.CDLL:
     library = ctypes.CDLL(str(path))
     library.lanes = library.nm_lanes()
     return library
+
+
+# --- end shared ---
 
 
 def pick_kernel(args: Args) -> str:
