@@ -47,6 +47,8 @@ class Args:
     """project in Weights & Biases whose runs to read; the analysis is written there, else to nm-sparse-rl"""
     resamples: int = 2000
     """bootstrap resamples for each interval, >= 100"""
+    thin: str | None = None
+    """folder to copy the runs to, thinned: rows of evaluations and of 60 refreshes, 6 masks, no weights"""
     track: bool = True
     """mirror figures and tables to Weights & Biases (offline when not logged in)"""
 
@@ -121,6 +123,7 @@ class Topology:
 @dataclass
 class Run:
     name: str
+    folder: Path
     meta: dict
     metrics: pd.DataFrame  # indexed by global_step
     topology: Topology | None
@@ -200,7 +203,7 @@ def load_run(folder: Path) -> Run:
     topology = None
     if meta["n"] is not None and (folder / "masks.npz").exists():
         topology = read_masks(folder / "masks.npz", meta["n"], meta["m"], metrics)
-    return Run(meta["run_name"], meta, metrics, topology)
+    return Run(meta["run_name"], folder, meta, metrics, topology)
 
 
 def read_metrics(path: Path) -> pd.DataFrame:
@@ -253,6 +256,26 @@ def fetch_wandb(entity: str, project: str, folder: Path) -> None:
         for name in ("meta.json", "masks.npz"):
             with contextlib.suppress(Exception):  # load_run says what is missing
                 run.file(name).download(root=str(path), replace=True)
+
+
+def thin_run(run: Run, out: Path, rows: int = 60, masks: int = 6) -> None:
+    """Copy what this script needs of a run: some hundred kilobytes that draw the same figures, coarser in time."""
+
+    def some(things, count: int):  # evenly spaced, first and last included
+        return things[np.unique(np.linspace(0, len(things) - 1, min(count, len(things))).round().astype(int))]
+
+    target = out / run.name
+    target.mkdir(parents=True, exist_ok=True)
+    evaluations, refreshes = (run.curve(key).index for key in ("eval/episodic_return", "sad/actor"))
+    snapshots = some(np.arange(len(run.topology.steps)), masks) if run.topology else np.array([], int)
+    kept = evaluations.union(some(refreshes, rows))
+    if run.topology:
+        kept = kept.union(run.metrics.index.intersection(run.topology.steps[snapshots]))
+        with np.load(run.folder / "masks.npz", allow_pickle=False) as file:
+            arrays = {key: value if key.endswith(".shape") else value[snapshots] for key, value in file.items()}
+        np.savez_compressed(target / "masks.npz", **arrays)
+    run.metrics.loc[kept].to_csv(target / "metrics.csv")
+    (target / "meta.json").write_text(json.dumps(run.meta, indent=1) + "\n")
 
 
 def load_all(folders: list[Path]) -> tuple[list[Run], list[tuple[str, str]]]:
@@ -889,6 +912,9 @@ def analyse(args: Args, folders: list[Path]) -> None:
         if figure := FIGURES[name](study, args.resamples):
             for kind in ("png", "svg"):
                 figure.savefig(out / f"{study.file}_{name}.{kind}", dpi=200)
+    if args.thin:
+        for run in runs:
+            thin_run(run, Path(args.thin))
     print((out / "summary.md").read_text())
     if args.track:
         log_wandb(args, out, frame)

@@ -174,6 +174,21 @@ def test_what_does_not_match_is_listed_and_not_mixed(rnm, monkeypatch, capsys, t
     assert "mujoco 4.0" in out and "gamma 0.9" in out
 
 
+def test_thinned_runs_tell_the_same(rnm, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sa, "FIGURES", {})
+    for seed in (1, 2):
+        make_run(rnm, tmp_path / f"runs/dense_{seed}", seed=seed, n=None)
+        make_run(rnm, tmp_path / f"runs/sparse_{seed}", seed=seed, score=120.0 + seed)
+    argv = ("--no-track", "--out", tmp_path / "a", "--thin", tmp_path / "thin")
+    assert run(monkeypatch, capsys, tmp_path / "runs", *argv)[0] == 0
+    assert run(monkeypatch, capsys, tmp_path / "thin", "--no-track", "--out", tmp_path / "b")[0] == 0
+    a, b = (pd.read_csv(tmp_path / name / "summary.csv") for name in "ab")
+    steps = [f"settled_step_{net}" for net in sa.NETS]  # coarser in time
+    pd.testing.assert_frame_equal(a.drop(columns=steps), b.drop(columns=steps))
+    with np.load(tmp_path / "thin/sparse_1/masks.npz") as file:
+        assert file["global_step"].tolist() == [0, 600, 1200, 1800, 2400, 3000]
+
+
 def cut(path, size):
     path.write_bytes(path.read_bytes()[:size])
 
