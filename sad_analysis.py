@@ -753,10 +753,12 @@ def configuration_row(study: Study, label: str, resamples: int) -> dict:
     reference = study.reference.get(label)
     if reference and reference != label:
         dense = study.scores(reference)
-        row |= {"dense": reference, "of_dense": iqm(scores) / iqm(dense)}
-        row["of_dense_low"], row["of_dense_high"] = interval(
-            [scores, dense], lambda x, y: iqm(x, axis=1) / iqm(y, axis=1), resamples
-        )
+        row["dense"] = reference
+        if iqm(dense) > 0:  # a share of a negative return means nothing
+            row["of_dense"] = iqm(scores) / iqm(dense)
+            row["of_dense_low"], row["of_dense_high"] = interval(
+                [scores, dense], lambda x, y: iqm(x, axis=1) / iqm(y, axis=1), resamples
+            )
         by_seed = {run.args["seed"]: run.score for run in study.configurations[reference]}
         paired = np.array([run.score - by_seed[run.args["seed"]] for run in runs if run.args["seed"] in by_seed])
         row["pairs"] = len(paired)
@@ -787,6 +789,7 @@ def pooled_rows(studies: list[Study], resamples: int) -> list[dict]:
         label for study in studies for label in study.reference if study.reference[label] != label
     ):
         found = [study for study in studies if study.reference.get(label)]
+        found = [study for study in found if iqm(study.scores(study.reference[label])) > 0]
         if len(found) < 2:
             continue
         groups = [study.scores(label) / iqm(study.scores(study.reference[label])) for study in found]

@@ -26,7 +26,8 @@ SHAPES = {
 
 def make_run(rnm, folder, *, seed=1, n=1, m=4, score=100.0, total=3000, churn=0.2, **changes):
     """A finished run's folder as the training scripts leave it: evaluations at `score`, masks that drift."""
-    args = dataclasses.asdict(rnm.Args(seed=seed, env_id="Ant-v4", total_timesteps=total, **changes.pop("args", {})))
+    args = {"seed": seed, "env_id": "Ant-v4", "total_timesteps": total} | changes.pop("args", {})
+    args = dataclasses.asdict(rnm.Args(**args))
     args |= {"n": n, "m": m} if n else {}
     if not n:
         args = {k: v for k, v in args.items() if k not in ("n", "m", "mask_update_interval", "sparse_head")}
@@ -151,6 +152,23 @@ def test_end_to_end(rnm, monkeypatch, capsys, tmp_path):
     names = {path.stem.split("steps_")[-1] for path in (tmp_path / "a").glob("*.png")}
     assert names == set(sa.FIGURES) == {path.stem.split("steps_")[-1] for path in (tmp_path / "a").glob("*.svg")}
     assert "1:4, K = 100" in out and (tmp_path / "a/summary.md").read_text() in out
+
+
+def test_environments_are_pooled_relative_to_dense(rnm, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sa, "FIGURES", {})
+    for env_id, scale in (("Ant-v4", 1.0), ("Hopper-v4", 10.0), ("Pendulum-v1", -1.0)):
+        for seed in (1, 2, 3):
+            options = {"seed": seed, "args": {"env_id": env_id}}
+            make_run(rnm, tmp_path / f"runs/{env_id}_d{seed}", n=None, score=scale * 100.0, **options)
+            make_run(rnm, tmp_path / f"runs/{env_id}_s{seed}", score=scale * (120.0 + 10 * seed), **options)
+    code, _, err = run(monkeypatch, capsys, tmp_path / "runs", "--no-track", "--out", tmp_path / "a")
+    assert code == 0, err
+    table = pd.read_csv(tmp_path / "a/summary.csv")
+    pooled = table[table.setting.str.startswith("all 2 settings")].iloc[0]
+    assert pooled.of_dense == pytest.approx(1.4) and pooled.seeds == "3 + 3"  # (1.3, 1.4, 1.5) twice, trimmed
+    assert 1.3 <= pooled.of_dense_low < 1.4 < pooled.of_dense_high <= 1.5
+    row = table[table.setting.str.startswith("Pendulum") & (table.configuration == "1:4")].iloc[0]
+    assert np.isnan(row.of_dense) and row.p_better == 0  # a share of a negative return means nothing
 
 
 def test_what_does_not_match_is_listed_and_not_mixed(rnm, monkeypatch, capsys, tmp_path):
