@@ -1680,7 +1680,7 @@ class Plan:
 
     def __init__(self, nets: list[nn.Module]):
         self.lib, self.memory, self.free, self.networks = load_kernels(), [], [], nets
-        self.state = index_state(nets)
+        self.lanes, self.state = self.lib.nm_lanes(), index_state(nets)
         self.indices = [layer.index for net in nets for layer in net.children()]  # held, so that their ids are theirs
         networks = [list(net.children()) for net in nets]
         for layers in networks:
@@ -1719,7 +1719,7 @@ class Plan:
         self.memory.append(tensor)
         return tensor.data_ptr()
 
-    def run(self, entry, inputs, flats, douts=(), grads=(), outs=(), record=False, acts=None, dx=(None, None)):
+    def call(self, inputs, flats, douts=(), grads=(), outs=(), record=False, acts=None, dx=(None, None)) -> Call:
         pointers = [tensor.data_ptr() for tensors in (flats, douts, grads, outs) for tensor in tensors]
         pointers = (ctypes.c_void_p * len(pointers))(*pointers)
         flat, size = ctypes.addressof(pointers), 8 * len(flats)
@@ -1729,9 +1729,13 @@ class Plan:
         if len(inputs) == 2:
             b_cols, b_stride, b = inputs[1].shape[1], inputs[1].stride(0), inputs[1].data_ptr()
         call = Call(ctypes.addressof(self.nets), flat, dout, dout + size, dout, len(flats), self.width, batch,
-                    -(-batch // self.lib.lanes), a_cols, b_cols, record, bool(grads), a_stride, b_stride, a, b, acts,
+                    -(-batch // self.lanes), a_cols, b_cols, record, bool(grads), a_stride, b_stride, a, b, acts,
                     *dx)  # fmt: skip
-        if not entry(ctypes.byref(call)):
+        call.pointers = pointers  # live as long as the call
+        return call
+
+    def run(self, entry, *args, **options) -> None:
+        if not entry(ctypes.byref(self.call(*args, **options))):
             raise MemoryError("no memory for the N:M kernels")
 
     def forward(self, inputs, flats, lease=None) -> list[torch.Tensor]:
@@ -1759,7 +1763,7 @@ class KernelMLP(torch.autograd.Function):
     @staticmethod
     def forward(ctx, plan: Plan, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
         inputs, flats = tensors[: -len(plan.layers)], tensors[-len(plan.layers) :]
-        lanes = plan.lib.lanes
+        lanes = plan.lanes
         ctx.plan, ctx.lease = plan, Lease(plan.free, -(-len(inputs[0]) // lanes) * lanes * plan.width)
         ctx.inputs = inputs
         ctx.save_for_backward(*flats)  # changed in place before backward: torch raises
@@ -1814,8 +1818,8 @@ def nm_mlp(nets: list[nn.Module], *inputs: torch.Tensor) -> list[torch.Tensor]:
 
 
 @cache
-def load_kernels() -> ctypes.CDLL:
-    """Compile KERNELS with the system's C compiler, or take what was compiled before. Raises OSError.
+def load_kernels(source: str = KERNELS) -> ctypes.CDLL:
+    """Compile `source` with the system's C compiler, or take what was compiled before. Raises OSError.
 
     The file's name is a hash of source, flags and what the compiler says of itself and of this CPU. It is written
     elsewhere and moved into place, so that many processes may do so at once and a killed one leaves nothing half done.
@@ -1830,15 +1834,15 @@ def load_kernels() -> ctypes.CDLL:
         if probe.returncode == 0:
             break
     flags = ["-O3", native, "-shared", "-fPIC", "-pthread"]
-    key = hashlib.sha256(repr((KERNELS, compiler, flags, probe.stdout)).encode()).hexdigest()[:24]
+    key = hashlib.sha256(repr((source, compiler, flags, probe.stdout)).encode()).hexdigest()[:24]
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     path = Path(os.devnull if home.startswith("~") else home, "nm-sparse-rl", f"{key}.so")  # no home: nothing is kept
     with contextlib.suppress(OSError):
-        return open_library(path)
+        return ctypes.CDLL(str(path))
     with tempfile.TemporaryDirectory() as scratch:
         built = Path(scratch) / "kernels.so"
         command = [*compiler, *flags, "-x", "c", "-", "-o", built]
-        run = subprocess.run(command, input=KERNELS.encode(), capture_output=True)
+        run = subprocess.run(command, input=source.encode(), capture_output=True)
         if run.returncode:
             raise OSError(f"{compiler[0]} failed: {run.stderr.decode().strip().splitlines()[:1]}")
         with contextlib.suppress(OSError):  # a cache that can't be written: compile at each start
@@ -1849,13 +1853,7 @@ def load_kernels() -> ctypes.CDLL:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(own, path)
-        return open_library(built)
-
-
-def open_library(path: Path) -> ctypes.CDLL:
-    library = ctypes.CDLL(str(path))
-    library.lanes = library.nm_lanes()
-    return library
+        return ctypes.CDLL(str(built))
 
 
 # --- end shared ---
@@ -1867,7 +1865,7 @@ def pick_kernel(args: Args) -> str:
         return "torch"
     try:
         library = load_kernels()
-        if args.kernel == "auto" and library.lanes < 32 and 4 * args.n > args.m:
+        if args.kernel == "auto" and library.nm_lanes() < 32 and 4 * args.n > args.m:
             return "torch"  # without AVX 2:4 was slower than dense, 1:4 1.3 times as fast
         library.nm_threads(args.threads)
         torch.set_num_threads(1)  # the rest is small, and torch's waiting threads would take the kernels' cores
