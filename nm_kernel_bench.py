@@ -1,18 +1,25 @@
-"""How fast the training scripts are, end to end: environment steps per second, side by side with dense peers.
+"""Where N:M pays on this machine, and where it does not: kernels, the actor at batch 1, masks, whole training runs.
 
-Each configuration runs as a process of its own on the same cores, all configurations in turns, repeated. The scripts
-report charts/SPS and charts/update_ms in their metrics.csv; rows during warm-up and the first one after it don't
-count. stable-baselines3's and sbx-rl's TD3 (JAX) are timed where they are installed, with the same networks, batch
-and one update per step.
+  python nm_kernel_bench.py                  the three products of a layer by width and pattern, dense beside them
+  python nm_kernel_bench.py --end-to-end     steps per second of the training scripts and of dense peers
 
-  python nm_kernel_bench.py --end-to-end
+Every kernel is first compared with float64; one that is wrong is reported and not timed. All implementations of a layer
+are timed in turns, repeated; medians and quartiles. Useful GFLOP/s count the kept weights only, the share of peak is
+against the FMA peak that is measured first. A layer's N:M times include the conversion of its inputs and outputs, which
+a whole network pays at its ends only. Results: results.csv, results.json and figures in --out.
+
+End to end, each configuration runs as a process of its own, all in turns. The scripts report charts/SPS and
+charts/update_ms in their metrics.csv; rows during warm-up and the first one after it don't count. stable-baselines3's
+and sbx-rl's TD3 (JAX) are timed where they are installed, with the same networks, batch and one update per step.
 """
 
 import contextlib
 import csv
+import ctypes
 import importlib.util
 import itertools
 import json
+import math
 import os
 import platform
 import statistics
@@ -20,35 +27,522 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Literal
 
 import gymnasium as gym
+import numpy as np
 import torch
+import torch.nn as nn
+import torch.nn.functional as F
 import tyro
+from matplotlib.figure import Figure
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
+CORES = len(os.sched_getaffinity(0))
+
+# Okabe and Ito's colours, one for each pattern everywhere.
+COLORS = {"2:4": "#0072B2", "1:4": "#E69F00", "1:8": "#009E73", "1:16": "#CC79A7", "4:8": "#56B4E9", "2:8": "#D55E00"}
 
 
 @dataclass
 class Args:
-    end_to_end: bool = True
-    """time whole training runs"""
-    env_id: str = "Ant-v4"
-    """gymnasium id of the environment"""
-    hidden_dim: int = 256
-    """units in each of the two hidden layers, >= 1"""
-    steps: int = 3000
-    """environment steps with updates in each run, >= 2000; the first 1000 are not counted"""
+    end_to_end: bool = False
+    """time whole training runs instead of kernels"""
+    widths: tuple[int, ...] = (128, 256, 512, 1024, 2048)
+    """inputs and outputs of the square layers, each from 1 to 8192"""
+    batch_sizes: tuple[int, ...] = (1, 256)
+    """observations at a time, each from 1 to 65536; 1 is acting"""
+    patterns: tuple[str, ...] = ("2:4", "1:4", "1:8", "4:8", "2:8", "1:16")
+    """N:M patterns, N < M <= 32768"""
+    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
+    """of the dense products; N:M is float32"""
+    threads: tuple[int, ...] = (1, CORES)
+    """threads, each from 1 to the number of cores; end to end, the smallest: of a run, pinned to as many cores"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """where to measure"""
     repetitions: int = 5
-    """runs of each configuration, >= 1"""
-    threads: int = 1
-    """threads of each run and cores that it is pinned to, >= 1"""
-    out: str = "results/end_to_end"
-    """folder for results.json"""
+    """timings of each function, or runs of each configuration, >= 1"""
+    env_id: str = "Ant-v4"
+    """gymnasium id of the environment (--end-to-end)"""
+    hidden_dim: int = 256
+    """units in each of the two hidden layers, >= 1 (--end-to-end)"""
+    steps: int = 3000
+    """environment steps with updates in each run, >= 2000; the first 1000 are not counted (--end-to-end)"""
+    out: str | None = None
+    """folder for results.csv, results.json and figures: results/kernels, or results/end_to_end, unless named"""
 
+    def __post_init__(self) -> None:
+        self.out = self.out or ("results/end_to_end" if self.end_to_end else "results/kernels")
+
+
+class UserError(Exception):
+    """Something that the user typed is wrong: one line, exit code 2."""
+
+
+def check_args(args: Args) -> None:
+    for name, low, high in (("widths", 1, 8192), ("batch_sizes", 1, 65_536), ("threads", 1, CORES)):
+        values = getattr(args, name)
+        if not values or not all(low <= value <= high for value in values):
+            raise UserError(f"--{name.replace('_', '-')} takes numbers from {low} to {high}, not {values}")
+    for pattern in args.patterns:
+        n, _, m = pattern.partition(":")
+        if not (n.isdigit() and m.isdigit() and 1 <= int(n) < int(m) <= 32_768):
+            raise UserError(f"--patterns takes N:M with 1 <= N < M <= 32768, not {pattern}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here")
+    if args.repetitions < 1 or args.steps < 2000 or args.hidden_dim < 1:
+        raise UserError("--repetitions and --hidden-dim must be at least 1, --steps at least 2000")
+    if args.env_id not in gym.registry:
+        raise UserError(f"unknown --env-id {args.env_id}")
+
+
+# --- shared: projection ---
+def project(W: torch.Tensor, n: int, m: int) -> torch.Tensor:
+    """P_{N:M}: the mask E [out, in] (bool) of the n largest magnitudes in each m consecutive weights of a row of W."""
+    magnitude = F.pad(W.abs(), (0, -W.shape[1] % m), value=-1.0)  # fill a ragged last group with what never wins (D1)
+    order = magnitude.view(len(W), -1, m).argsort(dim=2, descending=True, stable=True)  # [out, groups, m]
+    E = torch.zeros_like(order, dtype=torch.bool).scatter_(2, order[..., :n], True)
+    return E.view(len(W), -1)[:, : W.shape[1]].contiguous()
+
+
+# --- end shared ---
+
+
+# --- shared: layer ---
+class NMLinear(nn.Module):
+    """nn.Linear made row-wise N:M: x [B, in] -> x W~^T + bias [B, out], W~ = W * E.
+
+    Trained are the packed active weights `values` [out, kept] alone (D2) and the bias, as parts of `flat`, which holds
+    those of all layers of a network: one parameter for Adam to step. `index` [out, kept]: the columns of `values`,
+    ascending; kept = n * (in // m) + min(n, in % m). Between refreshes W is true only where E is False.
+    """
+
+    def __init__(self, dense: nn.Linear, n: int, m: int):
+        super().__init__()
+        self.n, self.m, self.start = n, m, 0  # start: this layer's first place in flat, set by sparsify
+        self.register_buffer("W", dense.weight.detach())  # D6
+        self.register_buffer("E", project(self.W, n, m))
+        self.register_buffer("index", self.E.nonzero()[:, 1].reshape(dense.out_features, -1).clone())
+        self.flat = nn.Parameter(torch.cat([self.W.gather(1, self.index).flatten(), dense.bias.detach()]))
+
+    def packed(self, flat: torch.Tensor) -> torch.Tensor:
+        """This layer's active weights [out, kept] in `flat`, or what belongs to them in one of Adam's moments of it."""
+        return flat[self.start : self.start + self.index.numel()].view_as(self.index)
+
+    values = property(lambda self: self.packed(self.flat))
+
+    @property
+    def bias(self) -> torch.Tensor:
+        first = self.start + self.index.numel()
+        return self.flat[first : first + len(self.index)]
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """W~ [out, in], zero at the inactive positions; its gradient reaches the active weights alone."""
+        return torch.zeros_like(self.W).scatter_(1, self.index, self.values)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+# --- end shared ---
+
+
+# --- Products of one layer on the CPU -----------------------------------------------------------------------------
+
+PRODUCTS = ("forward", "grad-input", "grad-weight")
+
+PEAK = r"""
+#if defined(__AVX512F__)
+enum { W = 16, CHAINS = 24 };  // floats in a vector; multiply-adds in flight
+#elif defined(__AVX__)
+enum { W = 8, CHAINS = 12 };
+#else
+enum { W = 4, CHAINS = 12 };
+#endif
+typedef float vec __attribute__((vector_size(4 * W)));
+float multiply_add(long rounds) {  // 2 * W * CHAINS floating-point operations in a round
+    vec a[CHAINS], b = {0.5f}, c = {1.0f};
+    for (int i = 0; i < CHAINS; i++) a[i] = b;
+    for (long k = 0; k < rounds; k++)
+#pragma GCC unroll 32
+        for (int i = 0; i < CHAINS; i++) a[i] = a[i] * b + c;
+    for (int i = 1; i < CHAINS; i++) a[0] += a[i];
+    return a[0][0];
+}
+float read_all(const float *x, long n) {  // n floats, a multiple of 8 vectors
+    vec a[8] = {{0}};
+    for (long k = 0; k < n; k += 8 * W)
+        for (int i = 0; i < 8; i++) a[i] += *(const vec *)(x + k + i * W);
+    for (int i = 1; i < 8; i++) a[0] += a[i];
+    return a[0][0];
+}
+int operations(void) { return 2 * W * CHAINS; }
+"""
+
+
+def measure_limits() -> dict[str, float]:
+    """One core: peak of fused multiply-adds from registers, GFLOP/s, and read bandwidth from memory, GB/s."""
+    library, rounds, memory = load_kernels(PEAK), 1_000_000, torch.ones(64 * 2**20)
+    library.multiply_add.argtypes, library.read_all.argtypes = [ctypes.c_long], [ctypes.c_void_p, ctypes.c_long]
+    peak = min(seconds(lambda: library.multiply_add(rounds), 1) for _ in range(9))
+    read = min(seconds(lambda: library.read_all(memory.data_ptr(), memory.numel()), 1) for _ in range(5))
+    return {"peak_gflops": library.operations() * rounds / peak / 1e9, "read_gbs": 4 * memory.numel() / read / 1e9}
+
+
+def seconds(function: Callable[[], object], loops: int) -> float:
+    """Mean time of a call."""
+    start = time.perf_counter()
+    for _ in range(loops):
+        function()
+    return (time.perf_counter() - start) / loops
+
+
+class Packed:
+    """One N:M layer and what its kernels write, with a callable for each product."""
+
+    def __init__(self, W: torch.Tensor, bias: torch.Tensor, x: torch.Tensor, dy: torch.Tensor, n: int, m: int):
+        dense = nn.Linear(W.shape[1], W.shape[0])
+        dense.weight.data, dense.bias.data = W.clone(), bias.clone()
+        self.net = nn.Module()
+        self.net.fc1, self.net.plans = NMLinear(dense, n, m), {}
+        self.layer, batch = self.net.fc1, len(x)
+        self.plan, flat = Plan([self.net]), [self.layer.flat.detach()]
+        lanes = self.plan.lanes
+        self.y, self.dx, self.grad = torch.empty(batch, len(W)), torch.empty_like(x), torch.empty_like(flat[0])
+        self.acts = torch.empty(-(-batch // lanes) * lanes * self.plan.width)
+        record = {"acts": self.acts.data_ptr()}
+        calls = {
+            "forward": self.plan.call([x], flat, outs=[self.y], record=batch > 1, **record),
+            "grad-input": self.plan.call([x], flat, douts=[dy], dx=(self.dx.data_ptr(), None), **record),
+            "grad-weight": self.plan.call([x], flat, douts=[dy], grads=[self.grad], **record),
+        }
+        for call in calls.values():
+            call.owner = self  # what the pointers lead to lives as long as the call
+        lib = self.plan.lib
+        self.products = {
+            name: partial(lib.nm_forward if name == "forward" else lib.nm_backward, ctypes.byref(call))
+            for name, call in calls.items()
+        }
+
+    def errors(self, x: torch.Tensor, dy: torch.Tensor) -> dict[str, float]:
+        """max |y - y64| / max |y64| of each product."""
+        W, bias = self.layer.weight.detach().double(), self.layer.bias.detach().double()
+        for product in self.products.values():
+            product()
+        wanted = {
+            "forward": (self.y, x.double() @ W.T + bias),
+            "grad-input": (self.dx, dy.double() @ W),
+            "grad-weight": (self.layer.packed(self.grad), (dy.double().T @ x.double()).gather(1, self.layer.index)),
+        }
+        return {name: float((got - y).abs().max() / y.abs().max()) for name, (got, y) in wanted.items()}
+
+
+def csr_products(packed: Packed, x: torch.Tensor, dy: torch.Tensor) -> dict[str, Callable]:
+    """torch's sparse CSR, which anyone could use, with operands laid out as it likes them."""
+    W = packed.layer.weight.detach()
+    rows, columns, bias = W.to_sparse_csr(), W.T.contiguous().to_sparse_csr(), packed.layer.bias.detach()[:, None]
+    x_columns, dy_columns, x_rows = x.T.contiguous(), dy.T.contiguous(), x.contiguous()
+    return {
+        "forward": lambda: torch.addmm(bias, rows, x_columns) if len(x) > 1 else rows @ x_columns + bias,
+        "grad-input": lambda: columns @ dy_columns,
+        "grad-weight": lambda: torch.sparse.sampled_addmm(rows, dy_columns, x_rows, beta=0.0),
+    }
+
+
+def dense_products(W, bias, x, dy) -> dict[str, Callable]:
+    return {
+        "forward": lambda: torch.addmm(bias, x, W.T),
+        "grad-input": lambda: torch.mm(dy, W),
+        "grad-weight": lambda: torch.mm(dy.T, x),
+    }
+
+
+def numpy_products(W, bias, x, dy) -> dict[str, Callable]:
+    W, bias, x, dy = (tensor.numpy() for tensor in (W, bias, x, dy))
+    return {"forward": lambda: x @ W.T + bias, "grad-input": lambda: dy @ W, "grad-weight": lambda: dy.T @ x}
+
+
+def layer_functions(inputs: int, outputs: int, batch: int, args: Args) -> tuple[dict, list[str]]:
+    """(implementation, pattern, product) -> callable, and complaints about kernels that are wrong."""
+    generator = torch.Generator().manual_seed(0)
+    W, bias, x, dy = (
+        torch.randn(s, generator=generator) for s in ((outputs, inputs), outputs, (batch, inputs), (batch, outputs))
+    )
+    found, wrong = {}, []
+
+    def add(implementation: str, pattern: str, products: dict[str, Callable]) -> None:
+        wanted = PRODUCTS if batch > 1 else ("forward",)  # acting needs no gradients
+        found.update({(implementation, pattern, name): products[name] for name in wanted if name in products})
+
+    if "float32" in args.dtypes:
+        add("dense torch", "", dense_products(W, bias, x, dy))
+        add("dense torch, again", "", dense_products(W, bias, x, dy))  # the machine's noise
+        add("dense numpy", "", numpy_products(W, bias, x, dy))
+    if "bfloat16" in args.dtypes:
+        add("dense bf16", "", dense_products(*(tensor.bfloat16() for tensor in (W, bias, x, dy))))
+    for pattern in args.patterns:
+        n, m = map(int, pattern.split(":"))
+        if m > inputs:
+            continue
+        packed = Packed(W, bias, x, dy, n, m)
+        errors = packed.errors(x, dy) if batch > 1 else {"forward": 0.0}
+        bad = {name: error for name, error in errors.items() if not error <= 1e-5}
+        wrong += [f"{pattern} {name} of {inputs} to {outputs}, batch {batch}: error {bad[name]:.1e}" for name in bad]
+        add("N:M", pattern, {name: packed.products[name] for name in packed.products if name not in bad})
+        add("torch CSR", pattern, csr_products(packed, x, dy))
+    return found, wrong
+
+
+def time_in_turns(functions: dict, repetitions: int) -> dict[tuple, list[float]]:
+    """Seconds per call of each function, one value for each repetition; all are timed in turns."""
+    loops = {}
+    for key, function in functions.items():
+        function()
+        loops[key] = max(1, round(0.002 / seconds(function, 1)))  # 2 ms or one call
+    times = {key: [] for key in functions}
+    for _ in range(repetitions):
+        for key, function in functions.items():
+            time.sleep(0.002)  # waiting threads of the one before give up their cores
+            function()
+            times[key].append(seconds(function, loops[key]))
+    return times
+
+
+def measure_layers(args: Args, limits: dict, threads: int, bar: tqdm) -> tuple[list[dict], list[str]]:
+    """Rows of results for every layer and batch size, and complaints about kernels that are wrong."""
+    torch.set_num_threads(threads)
+    load_kernels().nm_threads(threads)
+    rows, wrong = [], []
+    layers = [(113, 256), *((width, width) for width in args.widths)]  # the first: a critic's on Ant-v5
+    for (inputs, outputs), batch in itertools.product(layers, args.batch_sizes):
+        functions, complaints = layer_functions(inputs, outputs, batch, args)
+        wrong += complaints
+        times = time_in_turns(functions, args.repetitions)
+        for implementation, pattern in dict.fromkeys(key[:2] for key in functions):
+            own = {
+                product: times[implementation, pattern, product]
+                for product in PRODUCTS
+                if (implementation, pattern, product) in times
+            }
+            if len(own) == len(PRODUCTS):
+                own["all three"] = [sum(values) for values in zip(*own.values(), strict=True)]
+            n, m = map(int, pattern.split(":")) if pattern else (1, 1)
+            kept = outputs * (n * (inputs // m) + min(n, inputs % m))
+            for product, values in own.items():
+                low, middle, high = np.percentile(values, [25, 50, 75])
+                work = 2 * batch * kept * (3 if product == "all three" else 1)
+                row = {"inputs": inputs, "outputs": outputs, "batch": batch, "threads": threads, "product": product}
+                row |= {"implementation": implementation, "pattern": pattern, "us": middle * 1e6, "us_q1": low * 1e6}
+                row |= {"us_q3": high * 1e6, "gflops": work / middle / 1e9}
+                rows.append(row | {"share_of_peak": row["gflops"] / limits["peak_gflops"] / threads})
+        bar.update()
+    dense = {}
+    for row in rows:
+        if row["implementation"] in ("dense torch", "dense numpy"):
+            place = (row["inputs"], row["batch"], row["product"])
+            dense.setdefault(place, {})[row["implementation"]] = row["us"]
+    for row in rows:
+        found = dense.get((row["inputs"], row["batch"], row["product"]), {})
+        row["x_torch_fp32"] = found.get("dense torch", np.nan) / row["us"]
+        row["x_best_fp32"] = min(found.values(), default=np.nan) / row["us"]
+    return rows, wrong
+
+
+def measure_actor(args: Args) -> list[dict]:
+    """A whole policy as a robot would run it, one observation at a time: 105 inputs, two layers of 256, 8 outputs."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    sizes, x = [(105, 256), (256, 256), (256, 8)], torch.randn(1, 105)
+    dense = nn.Sequential(*itertools.chain(*((nn.Linear(a, b), nn.ReLU()) for a, b in sizes)))[:-1]
+    calls = {("dense torch", ""): (lambda: dense(x), sum(4 * p.numel() for p in dense.parameters()))}
+    for pattern in args.patterns:
+        n, m = map(int, pattern.split(":"))
+        net, linear = nn.Module(), [layer for layer in dense if isinstance(layer, nn.Linear)]
+        if m > 105:
+            continue
+        for i, layer in enumerate(linear, 1):
+            copy = nn.Linear(layer.in_features, layer.out_features)
+            copy.load_state_dict(layer.state_dict())
+            setattr(net, f"fc{i}", NMLinear(copy, *((n, m) if i < 3 else (1, 1))))
+        flat, start = nn.Parameter(torch.cat([layer.flat.detach() for layer in net.children()])), 0
+        for layer in net.children():  # as sparsify does it
+            layer.start, start = start, start + len(layer.flat)
+            layer.flat = flat
+        net.plans = {}
+        packed = sum(4 * b + layer.index.numel() * (4 + (1 if m <= 256 else 2) * (i < 2))
+                     for i, (layer, (_, b)) in enumerate(zip(net.children(), sizes, strict=True)))  # fmt: skip
+        calls["N:M", pattern] = (lambda net=net: nm_mlp([net], x), packed)
+    times = {key: [] for key in calls}
+    with torch.no_grad():
+        for _ in range(300 * args.repetitions):
+            for key, (call, _) in calls.items():
+                call()
+                times[key].append(seconds(call, 1) * 1e6)
+    rows = []
+    for (implementation, pattern), values in times.items():
+        p50, p99 = np.percentile(values, [50, 99])
+        rows.append({"implementation": implementation, "pattern": pattern, "p50_us": p50, "p99_us": p99,
+                     "bytes": calls[implementation, pattern][1]})  # fmt: skip
+    return rows
+
+
+def measure_masks(args: Args, layers: list[dict]) -> list[dict]:
+    """Cost of a new mask of a square layer, and its share of training that layer at several K."""
+    torch.set_num_threads(1)
+    rows = []
+    wanted = {"implementation": "N:M", "product": "all three", "threads": min(args.threads)}
+    found = [row for row in layers if all(row[key] == value for key, value in wanted.items())]
+    trained = {(row["inputs"], row["pattern"]): row["us"] for row in found if row["inputs"] == row["outputs"]}
+    for width, pattern in itertools.product(args.widths, args.patterns):
+        if (width, pattern) not in trained:
+            continue
+        n, m = map(int, pattern.split(":"))
+        net = nn.Module()
+        net.fc1, net.plans = NMLinear(nn.Linear(width, width), n, m), {}
+        loops = max(1, int(1e5 / width**2))
+        project_us, index_us = (
+            min(seconds(call, loops) for _ in range(3)) * 1e6
+            for call in (lambda net=net, n=n, m=m: project(net.fc1.W, n, m), lambda net=net: Plan([net]))
+        )
+        row = {"width": width, "pattern": pattern, "project_us": project_us, "index_us": index_us}
+        for interval in (100, 1000, 10_000):
+            row[f"share_at_K_{interval}"] = (project_us + index_us) / (interval * trained[width, pattern])
+        rows.append(row)
+    return rows
+
+
+def print_layers(rows: list[dict]) -> None:
+    """A table for each layer: microseconds (times as fast as torch's dense fp32, as the best dense fp32)."""
+    places = itertools.groupby(rows, key=lambda row: (row["inputs"], row["outputs"], row["batch"], row["threads"]))
+    for (inputs, outputs, batch, threads), group in places:
+        group = list(group)
+        products = list(dict.fromkeys(row["product"] for row in group))
+        print(
+            f"\n{inputs} inputs, {outputs} outputs, batch {batch}, {threads} thread{'s' * (threads > 1)}: microseconds"
+        )
+        print(f"{'':17}" + "".join(f"{product:>20}" for product in products) + f"{'of peak':>9}")
+        lines = itertools.groupby(group, key=lambda row: f"{row['implementation']} {row['pattern']}".strip())
+        for name, cells in lines:
+            cells = {row["product"]: row for row in cells}
+            line = f"{name[:17]:17}"
+            for product in products:
+                row = cells.get(product)
+                times = f"({row['x_torch_fp32']:.2f}x, {row['x_best_fp32']:.2f}x)" if row else ""
+                line += f"{row['us']:>6,.0f} {times:>13}" if row else " " * 20
+            last = cells.get(products[-1])
+            print(line + (f"{last['share_of_peak']:9.0%}" if last else ""))
+
+
+def draw_speedup(rows: list[dict], args: Args, threads: int) -> Figure | None:
+    """Speed-up over torch's dense fp32 against width, a line for each pattern with its ideal M/N; batch > 1."""
+    batch = max(args.batch_sizes)
+    wanted = [row for row in rows if row["implementation"] == "N:M" and row["inputs"] == row["outputs"]
+              and row["batch"] == batch and row["threads"] == threads]  # fmt: skip
+    products = [product for product in (*PRODUCTS, "all three") if any(row["product"] == product for row in wanted)]
+    if not wanted:
+        return None
+    figure = Figure(figsize=(7, 2.9 * -(-len(products) // 2) + 0.6), layout="constrained")
+    axes = figure.subplots(-(-len(products) // 2), min(2, len(products)), squeeze=False, sharex=True, sharey=True).flat
+    for ax, product in zip(axes, products, strict=False):
+        for pattern in args.patterns:
+            line = [row for row in wanted if row["product"] == product and row["pattern"] == pattern]
+            points = [(row["inputs"], row["x_torch_fp32"]) for row in line]
+            if points:
+                color = COLORS.get(pattern, "#7f7f7f")
+                n, m = map(int, pattern.split(":"))
+                ax.plot(*zip(*points, strict=True), color=color, marker="o", markersize=3, linewidth=1.2, label=pattern)
+                ax.axhline(m / n, color=color, linestyle=":", linewidth=0.8)
+        ax.axhline(1, color="black", linewidth=0.8, label="break-even (dense torch fp32)")
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log", base=2)
+        ax.set_xticks(args.widths, [str(width) for width in args.widths])
+        ax.set_yticks([0.5, 1, 2, 4, 8, 16], ["½", "1", "2", "4", "8", "16"])
+        ax.set_title(product, fontsize=9)
+        ax.tick_params(labelsize=8)
+        ax.grid(alpha=0.3, linewidth=0.5)
+    figure.supxlabel("width of a square layer", fontsize=8)
+    figure.supylabel("times as fast as dense", fontsize=8)
+    figure.suptitle(
+        f"N:M against dense, batch {batch}, {threads} thread{'s' * (threads > 1)}; dotted: ideal M/N", fontsize=10
+    )
+    handles, labels = figure.axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
+    return figure
+
+
+def benchmark_kernels(args: Args) -> int:
+    """Measure, print and write everything but whole training runs. Ctrl-C keeps what is measured."""
+    out = make_folder(args.out)
+    try:
+        limits = measure_limits()
+    except OSError as error:
+        raise UserError(f"the N:M kernels need a C compiler: {str(error).splitlines()[0]}") from None
+    peak, read = limits["peak_gflops"], limits["read_gbs"]
+    print(f"{cpu_name()}; one core: {peak:.0f} GFLOP/s of fp32 multiply-adds, {read:.1f} GB/s read from memory")
+    print(
+        f"torch {torch.__version__} with {torch.backends.cpu.get_cpu_capability()}; in brackets: times as fast as torch's"
+    )
+    print("dense fp32, as the best dense fp32; of peak: useful operations against those multiply-adds")
+    content = {"conditions": conditions(args) | limits, "layers": [], "actor": [], "masks": [], "wrong": []}
+    count = len(set(args.threads)) * (1 + len(args.widths)) * len(args.batch_sizes)
+    with tqdm(total=count, unit="layer", disable=not sys.stderr.isatty()) as bar:
+        try:
+            for threads in dict.fromkeys(args.threads):
+                rows, wrong = measure_layers(args, limits, threads, bar)
+                content["layers"] += rows
+                content["wrong"] += wrong
+            content["actor"] = measure_actor(args)
+            content["masks"] = measure_masks(args, content["layers"])
+        except KeyboardInterrupt:
+            print("stopped: what was measured follows", file=sys.stderr)
+    report_kernels(args, content, out)
+    return 1 if content["wrong"] else 0
+
+
+def report_kernels(args: Args, content: dict, out: Path) -> None:
+    rows = content["layers"]
+    print_layers(rows)
+    if content["actor"]:
+        print("\nThe actor at batch 1 (105-256-256-8, head dense), one thread, whole call from Python: microseconds")
+        for row in content["actor"]:
+            name = f"{row['implementation']} {row['pattern']}"
+            print(f"{name:16} p50 {row['p50_us']:6.1f}  p99 {row['p99_us']:6.1f}  {row['bytes'] / 1024:6.0f} KiB")
+    if content["masks"]:
+        print("\nA new mask of a square layer, and its share of that layer's training (three products) at several K")
+        for row in content["masks"]:
+            shares = "  ".join(f"K {k:,}: {row[f'share_at_K_{k}']:6.2%}" for k in (100, 1000, 10_000))
+            costs = f"project {row['project_us']:9,.0f} us  index {row['index_us']:8,.0f} us"
+            print(f"{row['width']:5} {row['pattern']:5} {costs}  {shares}")
+    noise = [abs(math.log(row["x_torch_fp32"])) for row in rows if row["implementation"] == "dense torch, again"]
+    if noise:
+        middle, worst = statistics.median(noise), max(noise)
+        content["noise"] = {"median": middle, "worst": worst}
+        print(f"\nnoise: dense against itself differs by {middle:.1%} (median), {worst:.1%} (worst)")
+        if middle > 0.1:
+            print("warning: too noisy to conclude from differences of less than 20 %; run again on an idle machine")
+    for complaint in content["wrong"]:
+        print(f"WRONG, not timed: {complaint}")
+    (out / "results.json").write_text(json.dumps(content, indent=1) + "\n")
+    if rows:
+        with open(out / "results.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    for threads in dict.fromkeys(args.threads):
+        if figure := draw_speedup(rows, args, threads):
+            for kind in ("png", "svg"):
+                figure.savefig(out / f"speedup_{threads}_threads.{kind}", dpi=200)
+    print(f"written: results.json, results.csv and figures in {out}")
+
+
+# --- Whole training runs ------------------------------------------------------------------------------------------
 
 # Trains a peer and prints [environment step, seconds] every 1000 steps as json.
 PEER = """
@@ -83,13 +577,21 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def configurations(args: Args) -> dict[str, tuple[list[str], int, int]]:
+BF16 = """
+import runpy, sys, torch
+torch.autocast("cpu", torch.bfloat16, cache_enabled=False).__enter__()  # a cache would keep the first weights for ever
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def configurations(args: Args, threads: int) -> dict[str, tuple[list[str], int, int]]:
     """Label -> (command, threads of a run, runs at once). Of 256 units 0.336 have as many weights as 1:8 keeps."""
     common = [
         f"--env-id={args.env_id}", f"--total-timesteps={1000 + args.steps}", "--learning-starts=1000", "--no-track",
         "--eval-interval=1000000000", "--eval-episodes=1", "--buffer-size=100000",
     ]  # fmt: skip
-    width, threads = f"--hidden-dim={args.hidden_dim}", args.threads
+    width = f"--hidden-dim={args.hidden_dim}"
     rnm, dense = ([str(HERE / f"{name}_td3_continuous.py"), *common] for name in ("rnm", "dense"))
     narrow = round(args.hidden_dim * 0.336)
     found = {"dense": ([*dense, width], threads, 1)}
@@ -152,19 +654,10 @@ def run_once(command: list[str], threads: int, copies: int) -> tuple[float, floa
     return sum(rates), update_ms, memory
 
 
-def main() -> int:
-    args = tyro.cli(Args, description=__doc__)
-    if not args.end_to_end:
-        print("error: --no-end-to-end leaves nothing to measure", file=sys.stderr)
-        return 2
-    if args.steps < 2000 or min(args.hidden_dim, args.repetitions, args.threads) < 1:
-        least = "--steps must be at least 2000, --hidden-dim, --repetitions and --threads at least 1"
-        print(f"error: {least}", file=sys.stderr)
-        return 2
-    if args.env_id not in gym.registry or args.threads > len(os.sched_getaffinity(0)):
-        print(f"error: unknown --env-id {args.env_id}, or more --threads than cores", file=sys.stderr)
-        return 2
-    commands = configurations(args)
+def benchmark_training(args: Args) -> int:
+    """Time the training scripts and their peers, in turns. Ctrl-C keeps what is measured."""
+    out, threads = make_folder(args.out), min(args.threads)
+    commands = configurations(args, threads)
     results = {label: [] for label in commands}
     bar = tqdm(total=args.repetitions * len(commands), unit="run", disable=not sys.stderr.isatty())
     try:
@@ -178,30 +671,17 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     bar.close()
-    report(args, {label: runs for label, runs in results.items() if runs})
+    results = {label: runs for label, runs in results.items() if runs}
+    if results:
+        report_training(args, threads, results, out)
     return 0
 
 
-def report(args: Args, results: dict[str, list[tuple]]) -> None:
-    """Print medians, quartile ranges and ratios; write results.json with all conditions."""
+def report_training(args: Args, threads: int, results: dict[str, list[tuple]], out: Path) -> None:
+    """Print medians, ranges and ratios; write results.json with all conditions."""
     rates = {label: [rate for rate, *_ in runs] for label, runs in results.items()}
     median = {label: statistics.median(values) for label, values in rates.items()}
-    cpu = platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        cpu = next(line for line in open("/proc/cpuinfo") if line.startswith("model name")).split(": ")[1].strip()
-    versions = {}
-    for name in ("torch", "gymnasium", "mujoco", "numpy", "stable_baselines3", "sbx-rl", "jax"):
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
-    command = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=40"]
-    git = subprocess.run(command, capture_output=True, text=True)
-    conditions = {
-        "args": asdict(args), "cpu": cpu, "versions": versions, "commit": git.stdout.strip() or None,
-        "date": time.strftime("%Y-%m-%d"), "capability": torch.backends.cpu.get_cpu_capability(),
-    }  # fmt: skip
-    print(f"{args.env_id}, hidden {args.hidden_dim}, batch 256, {args.threads} thread(s), {cpu}")
+    print(f"{args.env_id}, hidden {args.hidden_dim}, batch 256, {threads} thread(s), {cpu_name()}")
     print(f"medians and ranges of {min(map(len, rates.values()))} runs each, in turns")
     others = [label for label in ("dense", "SB3", "SBX (JAX)") if label in median]
     header = ["", "steps/s", "range", "ms/update", "peak MiB", *(f"x {label}" for label in others)]
@@ -215,11 +695,659 @@ def report(args: Args, results: dict[str, list[tuple]]) -> None:
         table.append([label, f"{median[label]:.0f}", spread, ms, f"{memory:.0f}", *ratios])
     for row in table:
         print(f"{row[0]:22}" + "".join(f"{cell:>11}" for cell in row[1:]))
-    out = Path(args.out)
-    out.mkdir(parents=True, exist_ok=True)
-    content = {"conditions": conditions, "rate_update_ms_peak_mib": results}
+    content = {"conditions": conditions(args), "rate_update_ms_peak_mib": results}
     (out / "results.json").write_text(json.dumps(content, indent=1) + "\n")
     print(f"written: {out / 'results.json'}")
+
+
+# --- Common -------------------------------------------------------------------------------------------------------
+
+
+def make_folder(path: str) -> Path:
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--out {path} can't be written: {error}") from None
+    return Path(path)
+
+
+def cpu_name() -> str:
+    with contextlib.suppress(OSError, StopIteration):
+        return next(line for line in open("/proc/cpuinfo") if line.startswith("model name")).split(": ")[1].strip()
+    return platform.machine()
+
+
+def conditions(args: Args) -> dict:
+    versions = {}
+    for name in ("torch", "gymnasium", "mujoco", "numpy", "stable_baselines3", "sbx-rl", "jax"):
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    git = subprocess.run(
+        ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+        capture_output=True,
+        text=True,
+    )
+    return {
+        "args": asdict(args),
+        "cpu": cpu_name(),
+        "cores": CORES,
+        "versions": versions,
+        "commit": git.stdout.strip() or None,
+        "date": time.strftime("%Y-%m-%d"),
+        "capability": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+# --- shared: kernels ---
+# The same network function, several times faster on a CPU: packed row-wise N:M products that do N/M of the work.
+#   forward      y[b, r]  = bias[r] + sum over k of values[r, k] x[b, index[r, k]]
+#   grad-input   dx[b, c] = sum over all (r, k) with index[r, k] = c of values[r, k] dy[b, r]
+#   grad-weight  dvalues[r, k] = sum over b of dy[b, r] x[b, index[r, k]],  dbias[r] = sum over b of dy[b, r]
+KERNELS = r"""
+
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdlib.h>
+#include <string.h>
+_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "little-endian");
+#if defined(__AVX512F__)
+enum { W = 16, TILES = 2 };  // floats in a vector; tiles at a time in grad_weight: as many as the registers hold
+#elif defined(__AVX__)
+enum { W = 8, TILES = 1 };
+#else
+enum { W = 4, TILES = 1 };
+#endif
+enum { V = 4, LANES = V * W };  // vectors and observations in a tile
+#define INLINE static inline __attribute__((always_inline))
+typedef float vec __attribute__((vector_size(4 * W), may_alias));
+typedef int32_t bits __attribute__((vector_size(4 * W)));
+static const vec zero;
+#define AT(x, row) ((const vec *)((const char *)(x) + (size_t)(row) * LANES * sizeof(float)))
+#ifdef __AVX512F__  // p[j] in every lane: four values share one load, and a shuffle is cheaper than a load
+#include <immintrin.h>
+#define SPREAD(p, j) ((vec)_mm512_permute_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(p)), 0x55 * (j)))
+#else
+#define SPREAD(p, j) (zero + (p)[j])
+#endif
+
+#ifdef __x86_64__
+#define PAUSE __builtin_ia32_pause()
+#else
+#define PAUSE
+#endif
+enum { FORWARD, BACK, GRAD };
+typedef struct {
+    int32_t rows, cols, kept, start, blocks[3], block[3];  // flat + start: val [rows][kept], then bias [rows]
+    const int32_t *ends[3];       // [blocks][rows] first and then last + 1 of the entries in each block of columns ...
+    const uint16_t *idx, *tidx;   // column of each value; BACK is by column, in blocks of rows: row of each value ...
+    const int32_t *tpos;          // ... its place in val ...
+    float *tval;                  // ... and val in this order
+} layer;
+
+#define TWO(m) { \
+        const vec *p = AT(x, (uint16_t)(four >> 16 * (m))), *q = AT(x, (uint16_t)(four >> 16 * ((m) + 1))); \
+        const vec v = SPREAD(val + k, m), w = SPREAD(val + k, (m) + 1); \
+        for (int i = 0; i < V; i++) a[i] += v * p[i], b[i] += w * q[i]; }
+// y[r] = sum over k of val[k] x[idx[k]] (+ bias[r]) on one tile; relu: max(y, 0); gate: 0 where gate <= 0.
+INLINE void gather(const int transposed, const layer *l, const float *flat, int first, int count, const float *x,
+                   float *y, int relu, const float *gate) {
+    const int width = transposed ? l->cols : l->rows, blocks = l->blocks[transposed];
+    const uint16_t *idx = transposed ? l->tidx : l->idx;
+    const float *val = transposed ? l->tval : flat + l->start, *bias = val + l->rows * l->kept;
+    const int32_t *start = l->ends[transposed], *end = start + blocks * width;
+    for (int j = 0; j < blocks; j++)
+        for (int r = first; r < first + count; r++) {
+            vec a[V], b[V], *out = (vec *)y + (long)(r - first) * V;
+            for (int i = 0; i < V; i++) {
+                a[i] = zero + (transposed ? 0 : bias[r]), b[i] = zero;
+                if (j) a[i] = out[i];
+            }
+            int k = start[j * width + r], stop = end[j * width + r];
+            for (; k + 3 < stop; k += 4) {
+                uint64_t four;  // one load for four indices
+                memcpy(&four, idx + k, sizeof(four));
+                TWO(0) TWO(2)
+            }
+            for (; k < stop; k++)
+                for (int i = 0; i < V; i++) a[i] += val[k] * AT(x, idx[k])[i];
+            for (int i = 0; i < V; i++) {
+                a[i] += b[i];
+                if (relu && j == blocks - 1) a[i] = (vec)((bits)a[i] & ~(a[i] <= zero));
+                if (gate && j == blocks - 1) a[i] = (vec)((bits)a[i] & ~(((const vec *)gate)[r * V + i] <= zero));
+                out[i] = a[i];
+            }
+        }
+}
+
+// Lane sums of 16 vectors and transposes of 16 x 16 floats: the same four rounds of shuffles.
+#ifdef __AVX512F__
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (bits){__VA_ARGS__})
+#endif
+#define LOW_1 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30
+#define HIGH_1 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31
+#define LOW_2 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
+#define HIGH_2 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
+#define LOW_4 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27
+#define HIGH_4 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31
+#define LOW_8 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
+#define HIGH_8 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
+#define FOLD(s) INLINE vec fold_##s(vec a, vec b) { return SHUFFLE(a, b, LOW_##s) + SHUFFLE(a, b, HIGH_##s); }
+FOLD(1) FOLD(2) FOLD(4) FOLD(8)
+#define SWAP(s) for (int i = 0; i < 16; i++) if (!(i & s)) { \
+        const vec low = SHUFFLE(p[i], p[i + s], LOW_##s); \
+        p[i + s] = SHUFFLE(p[i], p[i + s], HIGH_##s), p[i] = low; }
+static void transpose(const float *a, long a_stride, float *b, long b_stride) {
+    vec p[16];
+    for (int i = 0; i < 16; i++) memcpy(p + i, a + i * a_stride, sizeof(vec));
+    SWAP(1) SWAP(2) SWAP(4) SWAP(8)
+    for (int i = 0; i < 16; i++) memcpy(b + i * b_stride, p + i, sizeof(vec));
+}
+#else
+static void transpose(const float *a, long a_stride, float *b, long b_stride) {
+    for (int i = 0; i < 16; i++)
+        for (int k = 0; k < 16; k++) b[k * b_stride + i] = a[i * a_stride + k];
+}
+#endif
+
+// dval[k] += sum over b of dy[r][b] x[idx[k]][b] and dbias[r] += sum over b of dy[r][b], b in `tiles` tiles.
+INLINE vec dot(const int tiles, const vec *d, const vec *x, long tile) {
+    vec a = zero, b = zero;
+    for (int i = 0; i < tiles * V; i += 2)
+        a += d[i] * x[i / V * tile + i % V], b += d[i + 1] * x[i / V * tile + i % V + 1];
+    return a + b;
+}
+INLINE void grad_weight(const int tiles, const layer *l, float *dval, int r0, int r1, const float *dy, long dy_width,
+                        const float *x, long x_width) {
+    const int32_t *start = l->ends[GRAD], *stop = start + l->blocks[GRAD] * l->rows;
+    float *dbias = dval + l->rows * l->kept;
+    for (int j = 0; j < l->blocks[GRAD]; j++)
+        for (int r = r0; r < r1; r++) {
+            vec d[TILES * V];
+            for (int i = 0; i < tiles * V; i++) d[i] = AT(dy, i / V * dy_width + r)[i % V];
+            if (!j) {
+                vec s = d[0];
+                for (int i = 1; i < tiles * V; i++) s += d[i];
+                for (int i = 0; i < W / 2; i++) s[i] += s[i + W / 2];
+                for (int i = 0; i < W / 2; i++) dbias[r] += s[i];
+            }
+            const int end = stop[j * l->rows + r];
+            for (int k = start[j * l->rows + r]; k < end; k += 16) {
+#define DOT(m) (k + (m) < end ? dot(tiles, d, AT(x, l->idx[k + (m)]), x_width * V) : zero)
+#ifdef __AVX512F__
+#define DOTS_2(m) fold_1(DOT(m), DOT(m + 1))
+#define DOTS_4(m) fold_2(DOTS_2(m), DOTS_2(m + 2))
+#define DOTS_8(m) fold_4(DOTS_4(m), DOTS_4(m + 4))
+                const vec sums = fold_8(DOTS_8(0), k + 8 < end ? DOTS_8(8) : zero);
+                if (k + 16 <= end) for (int m = 0; m < 16; m++) dval[k + m] += sums[m];
+                else for (int m = 0; k + m < end; m++) dval[k + m] += sums[m];
+#else
+                for (int m = 0; m < 16 && k + m < end; m++) {
+                    const vec p = DOT(m);
+                    for (int i = 0; i < W; i++) dval[k + m] += p[i];
+                }
+#endif
+            }
+        }
+}
+
+// Rows of the batch [batch][stride] to and from one tile [cols][LANES]; lanes past the batch are zero.
+static void pack(const float *src, long stride, int batch, int tile, int cols, float *dst) {
+    const int n = batch - tile * LANES < LANES ? batch - tile * LANES : LANES;
+    src += (long)tile * LANES * stride;
+    for (int i = 0; i < LANES; i += 16)
+        for (int c = 0; c < cols; c += 16)
+            if (i + 16 <= n && c + 16 <= cols) transpose(src + i * stride + c, stride, dst + c * LANES + i, LANES);
+            else for (int m = i; m < i + 16; m++)
+                for (int k = c; k < c + 16 && k < cols; k++) dst[k * LANES + m] = m < n ? src[m * stride + k] : 0;
+}
+static void unpack(const float *src, long stride, int batch, int tile, int cols, float *dst) {
+    const int n = batch - tile * LANES < LANES ? batch - tile * LANES : LANES;
+    dst += (long)tile * LANES * stride;
+    for (int i = 0; i < n; i += 16)
+        for (int c = 0; c < cols; c += 16)
+            if (i + 16 <= n && c + 16 <= cols) transpose(src + c * LANES + i, LANES, dst + i * stride + c, stride);
+            else for (int m = i; m < i + 16 && m < n; m++)
+                for (int k = c; k < c + 16 && k < cols; k++) dst[m * stride + k] = src[k * LANES + m];
+}
+
+typedef struct {
+    const layer *l;
+    int64_t depth, width;  // width: outputs of all layers
+} net;
+typedef struct {  // a pass of networks over the same inputs, a and b [batch][...] side by side; ReLU between the layers
+    const net *nets;
+    const float *const *flat, *const *dout;  // of each net
+    float *const *grad, *const *out;
+    int32_t count, width, batch, tiles, a_cols, b_cols, record, weights;
+    int64_t a_stride, b_stride;
+    const float *a, *b;
+    float *acts, *da, *db;     // acts [tile][inputs, then the outputs of each layer of each net][LANES]; da, db [net]
+    int32_t first, chunk, at;  // backward is at net `at`, at `chunk` tiles from `first` on: scratch has room for them
+} call;
+typedef void task(const call *c, int part, int parts);
+static struct { float *memory; size_t size; } scratch;
+
+static void forward(const call *c, int part, int parts) {
+    const int cols = c->a_cols + c->b_cols;
+    for (int t = c->tiles * part / parts; t < c->tiles * (part + 1) / parts; t++) {
+        float *input = (c->record ? c->acts : scratch.memory) + (long)(c->record ? t : part) * c->width * LANES;
+        float *y = input + cols * LANES;
+        pack(c->a, c->a_stride, c->batch, t, c->a_cols, input);
+        pack(c->b, c->b_stride, c->batch, t, c->b_cols, input + c->a_cols * LANES);
+        for (int i = 0; i < c->count; i++) {
+            const layer *last = c->nets[i].l + c->nets[i].depth - 1;
+            const float *x = input;
+            for (const layer *l = c->nets[i].l; l <= last; l++) {
+                gather(0, l, c->flat[i], 0, l->rows, x, y, l < last, 0);
+                x = y, y += l->rows * LANES;
+            }
+            unpack(x, last->rows, c->batch, t, last->rows, c->out[i]);
+        }
+    }
+}
+static void values_by_column(const call *c, int part, int parts) {
+    const net *n = c->nets + c->at;
+    for (const layer *l = n->l + !(c->da || c->db); l < n->l + n->depth; l++)
+        for (long k = (long)l->rows * l->kept * part / parts; k < (long)l->rows * l->kept * (part + 1) / parts; k++)
+            l->tval[k] = c->flat[c->at][l->start + l->tpos[k]];
+}
+// Gradients of a layer's outputs stand in scratch [tile of the chunk][as in acts, of one net][LANES].
+static void backward_inputs(const call *c, int part, int parts) {
+    const net *n = c->nets + c->at;
+    const layer *last = n->l + n->depth - 1;
+    const int cols = c->a_cols + c->b_cols;
+    long at = cols;
+    for (int i = 0; i < c->at; i++) at += c->nets[i].width;
+    for (int t = c->chunk * part / parts; t < c->chunk * (part + 1) / parts; t++) {
+        const float *y = c->acts + ((long)(c->first + t) * c->width + at + n->width - last->rows) * LANES;
+        float *d = scratch.memory + ((long)t * (cols + n->width) + cols + n->width - last->rows) * LANES;
+        pack(c->dout[c->at], last->rows, c->batch, c->first + t, last->rows, d);
+        for (const layer *l = last; l > n->l; l--) {
+            y -= l->cols * LANES, d -= l->cols * LANES;
+            gather(1, l, 0, 0, l->cols, d + l->cols * LANES, d, 0, y);
+        }
+        float *dx = d - cols * LANES;
+        if (c->da) {
+            gather(1, n->l, 0, 0, c->a_cols, d, dx, 0, 0);
+            unpack(dx, c->a_cols, c->batch, c->first + t, c->a_cols, c->da + (long)c->at * c->batch * c->a_cols);
+        }
+        if (c->db) {
+            gather(1, n->l, 0, c->a_cols, c->b_cols, d, dx, 0, 0);
+            unpack(dx, c->b_cols, c->batch, c->first + t, c->b_cols, c->db + (long)c->at * c->batch * c->b_cols);
+        }
+    }
+}
+// A thread takes a share of each layer's rows, never of the batch: bits don't depend on the number of threads.
+static void backward_weights(const call *c, int part, int parts) {
+    const net *n = c->nets + c->at;
+    const int cols = c->a_cols + c->b_cols;
+    const float *input = c->acts + (long)c->first * c->width * LANES, *x = input, *dy = scratch.memory + cols * LANES;
+    const float *y = input + cols * LANES;
+    for (int i = 0; i < c->at; i++) y += c->nets[i].width * LANES;
+    for (const layer *l = n->l; l < n->l + n->depth; l++) {
+        const int from = l->rows * part / parts, to = l->rows * (part + 1) / parts;
+        const long dy_width = cols + n->width;
+        float *dval = c->grad[c->at] + l->start;
+        if (!c->first) {
+            memset(dval + (long)from * l->kept, 0, (long)(to - from) * l->kept * sizeof(float));
+            memset(dval + (long)l->rows * l->kept + from, 0, (to - from) * sizeof(float));
+        }
+        for (int t = 0; t < c->chunk; t += c->chunk - t < TILES ? 1 : TILES)
+            for (int r = from; r < to; r += 256) {
+                const int end = r + 256 < to ? r + 256 : to;
+                const float *dt = dy + t * dy_width * LANES, *xt = x + (long)t * c->width * LANES;
+                if (c->chunk - t < TILES) grad_weight(1, l, dval, r, end, dt, dy_width, xt, c->width);
+                else grad_weight(TILES, l, dval, r, end, dt, dy_width, xt, c->width);
+            }
+        x = y, y += l->rows * LANES, dy += l->rows * LANES;
+    }
+}
+// One observation: plain dot products.
+static void single(const call *c) {
+    for (int i = 0; i < c->count; i++) {
+        const net *n = c->nets + i;
+        float *x = scratch.memory, *y;
+        memcpy(x, c->a, c->a_cols * sizeof(float));
+        if (c->b_cols) memcpy(x + c->a_cols, c->b, c->b_cols * sizeof(float));
+        for (const layer *l = n->l; l < n->l + n->depth; l++, x = y) {
+            const float *bias = c->flat[i] + l->start + l->rows * l->kept;
+            y = l == n->l + n->depth - 1 ? c->out[i] : x + l->cols;
+            for (int r = 0; r < l->rows; r++) {
+                const uint16_t *idx = l->idx + (long)r * l->kept;
+                const float *val = c->flat[i] + l->start + (long)r * l->kept;
+                float s[8] = {bias[r]};
+                int k = 0;
+                for (; k + 7 < l->kept; k += 8)
+                    for (int m = 0; m < 8; m++) s[m] += val[k + m] * x[idx[k + m]];
+                for (; k < l->kept; k++) s[0] += val[k] * x[idx[k]];
+                const float sum = ((s[0] + s[4]) + (s[1] + s[5])) + ((s[2] + s[6]) + (s[3] + s[7]));
+                y[r] = y != c->out[i] && sum <= 0 ? 0 : sum;
+            }
+        }
+    }
+}
+
+// Threads that wait for work: they spin for about as long as a training step takes, then sleep. ticket is
+// serial * 65536 + threads wanted.
+static struct {
+    pthread_mutex_t busy, lock; pthread_cond_t wake; atomic_ullong ticket; atomic_int ready, done; int wanted;
+    task *run; const call *c;
+} pool = {PTHREAD_MUTEX_INITIALIZER, PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, 0, 1, 0, 1, 0, 0};
+static void *worker(void *number) {
+    unsigned long long seen = pool.ticket;
+    pool.ready++;
+    for (int spins = 0;; spins++) {
+        if (spins > 40000) {
+            pthread_mutex_lock(&pool.lock);
+            while (pool.ticket == seen) pthread_cond_wait(&pool.wake, &pool.lock);
+            pthread_mutex_unlock(&pool.lock);
+        }
+        const unsigned long long now = pool.ticket;
+        if (now == seen) { PAUSE; continue; }
+        seen = now, spins = 0;
+        if ((intptr_t)number < (int)(now & 65535)) pool.run(pool.c, (intptr_t)number, now & 65535), pool.done++;
+    }
+    return 0;
+}
+static void split(task *run, const call *c) {
+    if (pool.wanted == 1) { run(c, 0, 1); return; }
+    pool.run = run, pool.c = c, pool.done = 0;
+    pthread_mutex_lock(&pool.lock);
+    pool.ticket = ((pool.ticket >> 16) + 1) << 16 | pool.wanted;
+    pthread_cond_broadcast(&pool.wake);
+    pthread_mutex_unlock(&pool.lock);
+    run(c, 0, pool.wanted);
+    for (int spins = 0; pool.done < pool.wanted - 1; spins++) if (spins > 20000) sched_yield();
+}
+static void forked(void) {  // a child process has none of the threads, and nobody who would unlock
+    pthread_mutex_init(&pool.busy, 0), pthread_mutex_init(&pool.lock, 0), pthread_cond_init(&pool.wake, 0);
+    pool.ready = pool.wanted = 1;
+    scratch.memory = 0;
+    scratch.size = 0;
+}
+__attribute__((constructor)) static void loaded(void) { pthread_atfork(0, 0, forked); }
+void nm_threads(int wanted) {
+    pthread_t thread;
+    pthread_mutex_lock(&pool.busy);
+    for (int made = pool.ready; made < wanted; made++) {
+        if (pthread_create(&thread, 0, worker, (void *)(intptr_t)made)) break;
+        while (pool.ready == made) sched_yield();
+    }
+    pool.wanted = wanted < pool.ready ? wanted : pool.ready;
+    pthread_mutex_unlock(&pool.busy);
+}
+int nm_lanes(void) { return LANES; }
+static int reserve(size_t tiles, size_t width) {
+    const size_t size = tiles * width * LANES * sizeof(float);
+    if (size <= scratch.size) return 1;
+    free(scratch.memory);
+    scratch.memory = aligned_alloc(LANES * sizeof(float), size), scratch.size = scratch.memory ? size : 0;
+    return scratch.size > 0;
+}
+int nm_forward(const call *c) {  // returns 0 if there is no memory
+    pthread_mutex_lock(&pool.busy);
+    const int single_path = c->batch == 1 && !c->record, done = c->record || reserve(pool.wanted, c->width);
+    if (done && single_path) single(c);
+    else if (done) split(forward, c);
+    pthread_mutex_unlock(&pool.busy);
+    return done;
+}
+int nm_backward(call *c) {
+    int chunk, done = 1;
+    pthread_mutex_lock(&pool.busy);
+    chunk = pool.wanted * TILES;
+    for (c->at = 0; c->at < c->count && (done = reserve(chunk, c->width)); c->at++) {
+        split(values_by_column, c);
+        for (c->first = 0; c->first < c->tiles; c->first += chunk) {
+            c->chunk = c->tiles - c->first < chunk ? c->tiles - c->first : chunk;
+            split(backward_inputs, c);
+            if (c->weights) split(backward_weights, c);
+        }
+    }
+    pthread_mutex_unlock(&pool.busy);
+    return done;
+}
+
+// Fill ends[which] from idx; for BACK also tidx and tpos, by counting sort.
+void nm_index(const layer *l, int which) {
+    const int block = l->block[which], n = l->rows * l->kept;
+    int32_t *start = (int32_t *)l->ends[which], *stop = start + l->blocks[which] * (which == BACK ? l->cols : l->rows);
+    if (which != BACK) {
+        for (int r = 0; r < l->rows; r++)
+            for (int j = 0, k = r * l->kept; j < l->blocks[which]; j++) {
+                start[j * l->rows + r] = k;
+                while (k < (r + 1) * l->kept && l->idx[k] < (j + 1) * block) k++;
+                stop[j * l->rows + r] = k;
+            }
+        return;
+    }
+    for (int j = 0, at = 0; j < l->blocks[BACK]; j++, start += l->cols, stop += l->cols) {
+        const int from = j * block * l->kept, to = from + block * l->kept < n ? from + block * l->kept : n;
+        memset(stop, 0, l->cols * sizeof(int32_t));
+        for (int k = from; k < to; k++) stop[l->idx[k]]++;
+        for (int c = 0; c < l->cols; c++) start[c] = at, at += stop[c], stop[c] = start[c];
+        for (int k = from; k < to; k++) {
+            const int at = stop[l->idx[k]]++;
+            ((uint16_t *)l->tidx)[at] = k / l->kept, ((int32_t *)l->tpos)[at] = k;
+        }
+    }
+}
+"""
+
+
+def structure(name: str, **fields) -> type[ctypes.Structure]:
+    kinds = {"i": ctypes.c_int32, "l": ctypes.c_int64, "p": ctypes.c_void_p}
+    return type(name, (ctypes.Structure,), {"_fields_": [(key, kinds.get(kind, kind)) for key, kind in fields.items()]})
+
+
+THREE = ctypes.c_int32 * 3
+Layer = structure("Layer", rows="i", cols="i", kept="i", start="i", blocks=THREE, block=THREE, ends=ctypes.c_void_p * 3,
+                  idx="p", tidx="p", tpos="p", tval="p")  # fmt: skip
+Net = structure("Net", l="p", depth="l", width="l")
+Call = structure("Call", nets="p", flat="p", dout="p", grad="p", out="p", count="i", width="i", batch="i", tiles="i",
+                 a_cols="i", b_cols="i", record="i", weights="i", a_stride="l", b_stride="l", a="p", b="p", acts="p",
+                 da="p", db="p", first="i", chunk="i", at="i")  # fmt: skip
+
+
+class Plan:
+    """Networks on the same inputs as the kernels see them, with each index by columns too; made anew for new masks."""
+
+    def __init__(self, nets: list[nn.Module]):
+        self.lib, self.memory, self.free, self.networks = load_kernels(), [], [], nets
+        self.lanes, self.state = self.lib.nm_lanes(), index_state(nets)
+        self.indices = [layer.index for net in nets for layer in net.children()]  # held, so that their ids are theirs
+        networks = [list(net.children()) for net in nets]
+        for layers in networks:
+            widths = [layers[0].W.shape[1], *(layer.W.shape[0] for layer in layers)]
+            chain = [layer.W.shape[1] for layer in layers] == widths[:-1] and widths[0] == networks[0][0].W.shape[1]
+            if not chain or max(widths) > 65_536:
+                raise ValueError("the N:M kernels need chains of layers up to 65,536 wide: use --kernel torch")
+            if any(layer.flat is not layers[0].flat for layer in layers):
+                raise ValueError("layers of a network must share one flat parameter: load a state without assign=True")
+        self.layers = [self.make_layers(layers) for layers in networks]
+        sizes = [(ctypes.addressof(x), len(x), sum(layer.rows for layer in x)) for x in self.layers]
+        self.nets, self.cols = (Net * len(sizes))(*sizes), self.layers[0][0].cols
+        self.width = self.cols + sum(width for *_, width in sizes)
+        self.sizes = [layers[-1].start + layers[-1].rows * (layers[-1].kept + 1) for layers in self.layers]
+
+    def __reduce__(self):
+        return type(None), ()  # addresses are those of the original: a copied or loaded network makes its own plan
+
+    def make_layers(self, modules: list[nn.Module]) -> ctypes.Array:
+        layers = (Layer * len(modules))()
+        for layer, module in zip(layers, modules, strict=True):
+            (layer.rows, layer.kept), layer.cols, layer.start = module.index.shape, module.W.shape[1], module.start
+            count = module.index.numel()
+            layer.idx = self.hold(module.index.to(torch.uint16).contiguous())
+            layer.tidx = self.hold(torch.empty(count, dtype=torch.uint16))
+            layer.tpos, layer.tval = (self.hold(torch.empty(count, dtype=kind)) for kind in (torch.int32, torch.float))
+            blocks = (layer.cols, 128), (layer.rows, 128), (layer.cols, max(64, 8 * layer.cols // layer.kept))
+            for which, (length, block) in enumerate(blocks):  # what a block of x takes stays in the L1 cache
+                layer.block[which], layer.blocks[which] = block, -(-length // block)
+                size = 2 * layer.blocks[which] * (layer.rows + layer.cols - length)
+                layer.ends[which] = self.hold(torch.empty(size, dtype=torch.int32))
+                self.lib.nm_index(ctypes.byref(layer), which)
+        return layers
+
+    def hold(self, tensor: torch.Tensor) -> int:
+        self.memory.append(tensor)
+        return tensor.data_ptr()
+
+    def call(self, inputs, flats, douts=(), grads=(), outs=(), record=False, acts=None, dx=(None, None)) -> Call:
+        pointers = [tensor.data_ptr() for tensors in (flats, douts, grads, outs) for tensor in tensors]
+        pointers = (ctypes.c_void_p * len(pointers))(*pointers)
+        flat, size = ctypes.addressof(pointers), 8 * len(flats)
+        dout = flat + size  # forward: no douts and grads, so that outs stand here
+        (batch, a_cols), a_stride, a = inputs[0].shape, inputs[0].stride(0), inputs[0].data_ptr()
+        b_cols, b_stride, b = 0, 0, None
+        if len(inputs) == 2:
+            b_cols, b_stride, b = inputs[1].shape[1], inputs[1].stride(0), inputs[1].data_ptr()
+        call = Call(ctypes.addressof(self.nets), flat, dout, dout + size, dout, len(flats), self.width, batch,
+                    -(-batch // self.lanes), a_cols, b_cols, record, bool(grads), a_stride, b_stride, a, b, acts,
+                    *dx)  # fmt: skip
+        call.pointers = pointers  # live as long as the call
+        return call
+
+    def run(self, entry, *args, **options) -> None:
+        if not entry(ctypes.byref(self.call(*args, **options))):
+            raise MemoryError("no memory for the N:M kernels")
+
+    def forward(self, inputs, flats, lease=None) -> list[torch.Tensor]:
+        outs = [torch.empty(len(inputs[0]), layers[-1].rows, dtype=torch.float32) for layers in self.layers]
+        self.run(self.lib.nm_forward, inputs, flats, outs=outs, record=lease is not None, acts=lease and lease.address)
+        return outs
+
+
+class Lease:
+    """Memory for the activations of a forward pass: its own until its graph is gone, then that of a later pass."""
+
+    def __init__(self, free: list[torch.Tensor], size: int):
+        self.free, self.memory = free, None
+        with contextlib.suppress(IndexError):
+            self.memory = free.pop()
+        if self.memory is None or self.memory.numel() != size:
+            self.memory = torch.empty(size, dtype=torch.float32)
+        self.address = self.memory.data_ptr()
+
+    def __del__(self):
+        self.free.append(self.memory)
+
+
+class KernelMLP(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, plan: Plan, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        inputs, flats = tensors[: -len(plan.layers)], tensors[-len(plan.layers) :]
+        lanes = plan.lanes
+        ctx.plan, ctx.lease = plan, Lease(plan.free, -(-len(inputs[0]) // lanes) * lanes * plan.width)
+        ctx.inputs = inputs
+        ctx.save_for_backward(*flats)  # changed in place before backward: torch raises
+        return tuple(plan.forward(inputs, flats, ctx.lease))
+
+    @staticmethod
+    def backward(ctx, *douts: torch.Tensor):
+        plan, inputs, flats, needed = ctx.plan, ctx.inputs, ctx.saved_tensors, ctx.needs_input_grad[1:]
+        if torch.is_grad_enabled():
+            raise RuntimeError("the N:M kernels have no second derivative: use --kernel torch")
+        if plan.state != index_state(plan.networks):
+            raise RuntimeError("a mask was modified by an inplace operation between forward and backward")
+        empty = torch.empty if len(inputs[0]) else torch.zeros  # the kernels fill them, tile by tile
+        dx = [empty(len(flats), *x.shape, dtype=x.dtype) if n else None for x, n in zip(inputs, needed, strict=False)]
+        grads = [empty(len(flat), dtype=flat.dtype) for flat in flats] if any(needed[len(inputs) :]) else ()
+        pointers = [d if d is None else d.data_ptr() for d in (*dx, None)[:2]]
+        douts = [dout.contiguous() for dout in douts]
+        plan.run(plan.lib.nm_backward, inputs, flats, douts, grads, acts=ctx.lease.address, dx=pointers)
+        return None, *(d if d is None else d.sum(0) for d in dx), *(grads or [None] * len(flats))
+
+
+def index_state(nets: list[nn.Module]) -> list[tuple[int, int]]:
+    """Changes whenever the index of an N:M layer does, while a plan holds the old one."""
+    indices = [layer._buffers["index"] for net in nets for layer in net._modules.values()]
+    return [(id(index), index._version) for index in indices]
+
+
+def nm_mlp(nets: list[nn.Module], *inputs: torch.Tensor) -> list[torch.Tensor]:
+    """mlp() by the kernels, a whole pass per call: inputs [B, ...] (float32, on the CPU) -> [B, out] of each."""
+    plans, key = nets[0].plans, tuple(map(id, nets))
+    plan = plans.get(key)
+    if plan is None or plan.state != index_state(nets):
+        if len(plans) == 8:  # networks come and go: don't hold them all
+            plans.clear()
+        plan = plans[key] = Plan(nets)
+    if len(inputs) > 2:
+        inputs = inputs[0], torch.cat(inputs[1:], dim=1)
+    flats = [next(iter(net._modules.values()))._parameters["flat"] for net in nets]
+    batch, widths, fits = len(inputs[0]), 0, True
+    for x in inputs:
+        fits = fits and x.dim() == 2 and len(x) == batch and x.dtype is torch.float32 and not x.is_cuda
+        widths += x.shape[-1]
+    for flat, size in zip(flats, plan.sizes, strict=True):
+        fits = fits and flat.dtype is torch.float32 and len(flat) == size and flat.is_contiguous() and not flat.is_cuda
+    if not fits or widths != plan.cols:
+        shapes = [(tuple(x.shape), x.dtype) for x in inputs]
+        raise ValueError(f"the N:M kernels take float32 [B, {plan.cols}] in all on the CPU, not {shapes}")
+    inputs = [x if x.stride(1) == 1 else x.contiguous() for x in inputs]
+    if torch.is_grad_enabled():
+        return list(KernelMLP.apply(plan, *inputs, *flats))
+    return plan.forward(inputs, flats)
+
+
+@cache
+def load_kernels(source: str = KERNELS) -> ctypes.CDLL:
+    """Compile `source` with the system's C compiler, or take what was compiled before. Raises OSError.
+
+    The file's name is a hash of source, flags and what the compiler says of itself and of this CPU. It is written
+    elsewhere and moved into place, so that many processes may do so at once and a killed one leaves nothing half done.
+    """
+    import hashlib
+    import shlex
+    import tempfile
+
+    compiler = shlex.split(os.environ.get("CC") or "cc")
+    for native in ("-march=native", "-mcpu=native", "-O3"):
+        probe = subprocess.run([*compiler, native, "-dM", "-E", "-x", "c", os.devnull], capture_output=True)
+        if probe.returncode == 0:
+            break
+    flags = ["-O3", native, "-shared", "-fPIC", "-pthread"]
+    key = hashlib.sha256(repr((source, compiler, flags, probe.stdout)).encode()).hexdigest()[:24]
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    path = Path(os.devnull if home.startswith("~") else home, "nm-sparse-rl", f"{key}.so")  # no home: nothing is kept
+    with contextlib.suppress(OSError):
+        return ctypes.CDLL(str(path))
+    with tempfile.TemporaryDirectory() as scratch:
+        built = Path(scratch) / "kernels.so"
+        command = [*compiler, *flags, "-x", "c", "-", "-o", built]
+        run = subprocess.run(command, input=source.encode(), capture_output=True)
+        if run.returncode:
+            raise OSError(f"{compiler[0]} failed: {run.stderr.decode().strip().splitlines()[:1]}")
+        with contextlib.suppress(OSError):  # a cache that can't be written: compile at each start
+            path.parent.mkdir(parents=True, exist_ok=True)
+            own = path.with_name(f"{key}-{os.getpid()}.so")  # so that nobody else writes it
+            with open(own, "wb") as file:
+                file.write(built.read_bytes())
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(own, path)
+        return ctypes.CDLL(str(built))
+
+
+# --- end shared ---
+
+
+def main() -> int:
+    try:
+        args = tyro.cli(Args, description=__doc__)
+        check_args(args)
+        return benchmark_training(args) if args.end_to_end else benchmark_kernels(args)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
 
 
 if __name__ == "__main__":
