@@ -5,7 +5,8 @@ Reads the folders that rnm_td3_continuous.py and dense_td3_continuous.py leave b
   python sad_analysis.py --wandb-entity E --wandb-project-name P      the same for runs in the cloud
 
   SAD_{i:j} = |E_i - E_j|_0, Sparse Architecture Divergence (arXiv 2102.04010)              -> sad_metrics, pairwise_sad
-  a topology has settled when its mask stays within 10 % of the final one                   -> settled_step
+  settled SAD: from the mask at nine tenths of training to the final one                    -> settled_sad
+  settled: from when on the mask stays within 10 % of the final one                         -> settled_step
   IQM, stratified bootstrap, probability of improvement (Agarwal et al., arXiv 2108.13264)  -> iqm, interval, better
 Only finished runs count, and they are compared only if environment, steps, physics and hyper-parameters agree.
 """
@@ -21,7 +22,7 @@ import re
 import statistics
 import sys
 import tempfile
-from collections import Counter
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -55,6 +56,10 @@ class Args:
 
 class UserError(Exception):
     """Something that the user typed or pointed to is wrong: one line, exit code 2."""
+
+
+class BadRun(Exception):
+    """Why a run can't be used."""
 
 
 # --- shared: projection ---
@@ -98,13 +103,8 @@ def final_score(evaluations: list[list]) -> float:
 
 
 NETS = ("actor", "qf1", "qf2")  # targets share their masks
-METHOD = (
-    "n",
-    "m",
-    "mask_update_interval",
-    "sparse_head",
-    "hidden_dim",
-)  # what tells configurations of one setting apart
+METHOD = ("n", "m", "mask_update_interval", "sparse_head", "hidden_dim")  # what tells configurations apart
+DEFAULTS = {"mask_update_interval": 1000, "sparse_head": False, "hidden_dim": 256}  # not named in a label
 # Of no consequence for the numbers. All other arguments must agree between runs that are compared.
 NEUTRAL = """exp_name seed runs_dir track wandb_project_name wandb_entity capture_video resume evaluate keep_replay
     checkpoint_interval kernel threads device""".split()
@@ -152,10 +152,19 @@ class Run:
         return self.metrics[key].dropna() if key in self.metrics else pd.Series(dtype=float)
 
     def settled_sad(self) -> float:
-        """Mean over networks and the last tenth of training of SAD against the previous mask; NaN without refreshes."""
-        tail = [self.curve(f"sad/{net}") for net in NETS]
-        tail = [curve[curve.index > 0.9 * self.args["total_timesteps"]] for curve in tail]
-        return statistics.fmean(curve.mean() for curve in tail) if all(len(curve) for curve in tail) else math.nan
+        """SAD from the mask at nine tenths of training to the final one, mean of the networks; NaN without masks.
+
+        Unlike SAD from refresh to refresh it does not depend on how often masks are refreshed.
+        """
+        if self.topology is None:
+            return math.nan
+        start = near(self.topology.steps, 0.9 * self.args["total_timesteps"])
+        return statistics.fmean(float(pairwise[start, -1]) for pairwise in self.topology.pairwise.values())
+
+
+def near(steps: np.ndarray, step: float) -> int:
+    """Index of the last snapshot at or before a step."""
+    return max(0, int(np.searchsorted(steps, step, side="right")) - 1)
 
 
 # --- Reading ------------------------------------------------------------------------------------------------------
@@ -165,73 +174,83 @@ def find_folders(patterns: tuple[str, ...]) -> list[Path]:
     """Folders that hold a meta.json or a metrics.csv, at or below what the patterns match; sorted, each once."""
     found = set()
     for pattern in patterns:
-        for path in map(Path, glob.glob(pattern) or [pattern]):
-            if path.is_file():
-                path = path.parent
+        paths = [pattern] if Path(pattern).exists() else glob.glob(pattern)
+        if not paths:
+            raise UserError(f"there is no {pattern}")
+        for path in map(Path, paths):
+            path = path.parent if path.is_file() else path
             found |= {file.parent.resolve() for name in ("meta.json", "metrics.csv") for file in path.rglob(name)}
     return sorted(found)
 
 
 def load_run(folder: Path) -> Run:
-    """Raises ValueError with the reason if the run can't be used."""
+    """Raises BadRun with the reason if the run can't be used, other errors if its files are not as they should be.
+
+    Whatever is read later is read here once, so that a bad run is found before it is mixed with others.
+    """
     try:
         meta = json.loads((folder / "meta.json").read_text())
-        if (reason := meta["exit_reason"]) != "finished":
-            raise ValueError(f"not finished (exit reason: {reason})")
         metrics = read_metrics(folder / "metrics.csv")
-        evaluations = metrics["eval/episodic_return"].dropna()
-        ended, total = metrics.index[-1], meta["args"]["total_timesteps"]
-        score = final_score([list(pair) for pair in evaluations[evaluations.index > 0].items()])
-        for key in ("run_name", "n", "m", "params_active", "flops_per_update", "hardware", "kernel", "threads"):
-            _ = meta[key]  # all that is read later
-        _ = meta["versions"]["mujoco"], [meta["args"][key] for key in ("env_id", "seed", "hidden_dim")]
-        used = [meta["versions"], *(part["versions"] for part in meta.get("resumed", []))]
     except FileNotFoundError as error:
-        raise ValueError(f"{Path(error.filename).name} is missing") from None
-    except (KeyError, TypeError, IndexError, statistics.StatisticsError, pd.errors.EmptyDataError) as error:
-        raise ValueError(
-            f"empty, or written by another version of the scripts ({type(error).__name__}: {error})"
-        ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"damaged: {error}") from None
-    if ended != total:
-        raise ValueError(f"damaged: metrics.csv ends at step {ended} of {total}")
-    if not math.isclose(score, meta["final_score"], rel_tol=1e-9, abs_tol=1e-9):
-        raise ValueError(f"damaged: final score {meta['final_score']} in meta.json, {score} in metrics.csv")
-    if any(versions != used[0] for versions in used):
-        raise ValueError("mixed versions: it was resumed with other ones than it began with")
-    topology = None
+        raise BadRun(f"{Path(error.filename).name} is missing") from None
+    if (reason := meta["exit_reason"]) != "finished":
+        raise BadRun(f"not finished (exit reason: {reason})")
+    run = Run(str(meta["run_name"]), folder, meta, metrics, None)
+    evaluations, total = run.curve("eval/episodic_return"), run.args["total_timesteps"]
+    if metrics.index[-1] != total:
+        raise BadRun(f"damaged: metrics.csv ends at step {metrics.index[-1]} of {total}")
+    score = final_score([list(pair) for pair in evaluations[evaluations.index > 0].items()])
+    if not math.isclose(score, run.score, rel_tol=1e-9, abs_tol=1e-9) or not np.isfinite(evaluations).all():
+        raise BadRun(f"damaged: final score {run.score} in meta.json, {score} in metrics.csv")
+    physics = [{k: v for k, v in part["versions"].items() if k not in ("wandb", "python")} for part in
+               (meta, *meta.get("resumed", []))]  # fmt: skip
+    if any(versions != physics[0] for versions in physics):
+        raise BadRun("mixed versions: it was resumed with other ones than it began with")
+    numbers = [run.args["seed"], run.args["hidden_dim"], meta["params_active"], meta["flops_per_update"]["sparse"]]
+    numbers += [meta["threads"], metrics["charts/wall_time_s"].iloc[-1]]
+    numbers += [run.args[name] for name in METHOD if meta["n"] is not None]
+    if not np.isfinite(np.array(numbers, dtype=float)).all():
+        raise BadRun("damaged: a number in meta.json or metrics.csv is not finite")
+    for text in (meta["start"], meta["hardware"], meta["kernel"], run.args["env_id"]):
+        text.encode("ascii", "ignore")
+    _ = hash(run.setting), label_run(run)
+    for key in metrics:
+        metrics[key].astype(float)
     if meta["n"] is not None and (folder / "masks.npz").exists():
-        topology = read_masks(folder / "masks.npz", meta["n"], meta["m"], metrics)
-    return Run(meta["run_name"], folder, meta, metrics, topology)
+        try:
+            run.topology = read_masks(folder / "masks.npz", meta["n"], meta["m"], metrics)
+        except Exception as error:  # of zipfile, zlib and numpy, whatever the damage is
+            raise BadRun(f"damaged: masks.npz: {first_line(error)}") from None
+    return run
 
 
 def read_metrics(path: Path) -> pd.DataFrame:
-    """metrics.csv by global_step; a torn last line is dropped, of a step that was written twice the last row stays."""
+    """metrics.csv by global_step; a torn last line is dropped, rows of one step are merged."""
     content = path.read_bytes()
     frame = pd.read_csv(io.BytesIO(content[: content.rfind(b"\n") + 1]))
-    return frame.drop_duplicates("global_step", keep="last").set_index("global_step").sort_index()
+    return frame.groupby("global_step").last()  # of each column the last value that is there
 
 
 def read_masks(path: Path, n: int, m: int, metrics: pd.DataFrame) -> Topology:
-    """Raises ValueError if the masks are not N:M or not those whose SAD was logged."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            data = dict(file)
-        steps = data["global_step"]
-        shapes = {name.removesuffix(".shape"): tuple(shape) for name, shape in data.items() if name.endswith(".shape")}
-        masks = {name: np.unpackbits(data[name], axis=1, count=math.prod(shape)) for name, shape in shapes.items()}
-    except Exception as error:  # of zipfile, zlib and numpy, whatever the damage is
-        raise ValueError(f"damaged: masks.npz: {error}") from None
+    """Raises BadRun if the masks are not N:M or not those whose SAD was logged."""
+    with np.load(path, allow_pickle=False) as file:
+        data = dict(file)
+    steps = data["global_step"]
+    shapes = {name.removesuffix(".shape"): tuple(shape) for name, shape in data.items() if name.endswith(".shape")}
+    masks = {name: np.unpackbits(data[name], axis=1, count=math.prod(shape)) for name, shape in shapes.items()}
+    if len(steps) < 1 or any(len(E) != len(steps) for E in masks.values()) or not (np.diff(steps) > 0).all():
+        raise BadRun("steps and masks do not belong together")
     ends = [{name: torch.from_numpy(E[i].reshape(shapes[name])).bool() for name, E in masks.items()} for i in (0, -1)]
-    for E in (E for end in ends for E in end.values()):
-        kept = n * (E.shape[1] // m) + min(n, E.shape[1] % m)
-        if not torch.equal(project(E.float(), n, m), E) or not (E.sum(1) == kept).all():
-            raise ValueError(f"damaged: masks.npz holds a mask that is not {n}:{m}")
+    for name, E in masks.items():
+        kept = n * (shapes[name][1] // m) + min(n, shapes[name][1] % m)
+        whole = all(torch.equal(project(end[name].float(), n, m), end[name]) for end in ends)
+        if not whole or not (E.reshape(len(steps), *shapes[name]).sum(axis=2) == kept).all():
+            raise BadRun(f"it holds a mask that is not {n}:{m}")
     for key, value in sad_metrics(ends[0], ends[0], ends[1]).items():
-        logged = metrics[key].get(steps[-1], math.nan) if key.startswith("sad_initial") and steps[-1] else math.nan
-        if abs(logged - value) > 1e-9:
-            raise ValueError(f"damaged: {key} of step {steps[-1]} is {logged} in metrics.csv, {value} in masks.npz")
+        if key.startswith("sad_initial") and len(steps) > 1:
+            logged = metrics[key].get(steps[-1], math.nan)
+            if not abs(logged - value) <= 1e-9:
+                raise BadRun(f"{key} of step {steps[-1]} is {logged} in metrics.csv, {value} from the masks")
     nets = {net: np.hstack([E for name, E in masks.items() if name.startswith(net + ".")]) for net in NETS}
     spans = {net: ever_and_age(E, steps) for net, E in nets.items()}
     pairwise = {net: pairwise_sad(E) for net, E in nets.items()}
@@ -245,17 +264,25 @@ def fetch_wandb(entity: str, project: str, folder: Path) -> None:
     try:
         runs = list(wandb.Api().runs(f"{entity}/{project}"))
     except Exception as error:
-        raise UserError(f"W&B project {entity}/{project} can't be read: {str(error).splitlines()[0]}") from None
+        raise UserError(f"W&B project {entity}/{project} can't be read: {first_line(error)}") from None
     for run in tqdm(runs, desc="downloading", disable=not sys.stderr.isatty()):
         if run.job_type == "analysis":
             continue
         path = folder / run.id
         path.mkdir()
-        rows = pd.DataFrame(run.scan_history())
-        rows.drop(columns=[key for key in rows if key.startswith("_")]).to_csv(path / "metrics.csv", index=False)
-        for name in ("meta.json", "masks.npz"):
-            with contextlib.suppress(Exception):  # load_run says what is missing
+        with contextlib.suppress(Exception):  # load_run says what is missing
+            for name in ("meta.json", "masks.npz"):
                 run.file(name).download(root=str(path), replace=True)
+        if (path / "meta.json").exists():  # else it has not ended
+            with contextlib.suppress(Exception):
+                rows = pd.DataFrame(run.scan_history())
+                rows.drop(columns=[key for key in rows if key.startswith("_")]).to_csv(
+                    path / "metrics.csv", index=False
+                )
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def thin_run(run: Run, out: Path, rows: int = 60, masks: int = 6) -> None:
@@ -264,10 +291,13 @@ def thin_run(run: Run, out: Path, rows: int = 60, masks: int = 6) -> None:
     def some(things, count: int):  # evenly spaced, first and last included
         return things[np.unique(np.linspace(0, len(things) - 1, min(count, len(things))).round().astype(int))]
 
-    target = out / run.name
-    target.mkdir(parents=True, exist_ok=True)
+    target = out / run.folder.name
+    target.mkdir(parents=True)
     evaluations, refreshes = (run.curve(key).index for key in ("eval/episodic_return", "sad/actor"))
-    snapshots = some(np.arange(len(run.topology.steps)), masks) if run.topology else np.array([], int)
+    snapshots = np.array([], int)
+    if run.topology:
+        snapshots = some(np.arange(len(run.topology.steps)), masks)
+        snapshots = np.union1d(snapshots, [near(run.topology.steps, 0.9 * run.args["total_timesteps"])])
     kept = evaluations.union(some(refreshes, rows))
     if run.topology:
         kept = kept.union(run.metrics.index.intersection(run.topology.steps[snapshots]))
@@ -284,13 +314,19 @@ def load_all(folders: list[Path]) -> tuple[list[Run], list[tuple[str, str]]]:
     for folder in tqdm(folders, desc="reading", unit="run", delay=2, disable=not sys.stderr.isatty()):
         try:
             runs.append(load_run(folder))
-        except ValueError as error:
-            skipped.append((folder.name, str(error)))
+        except Exception as error:  # whatever is wrong with one run, the others count
+            other = f"damaged, or of another version ({type(error).__name__}: {first_line(error)})"
+            name = folder.name.encode(errors="replace").decode()
+            skipped.append((name, str(error) if isinstance(error, BadRun) else other))
     seen = {}
     for run in sorted(runs, key=lambda run: run.meta["start"]):
         key = (run.setting, run.pattern, *(run.args.get(name) for name in METHOD), run.args["seed"])
         if key in seen:
-            skipped.append((seen[key].name, f"same configuration and seed as the later {run.name}"))
+            old = seen[key]
+            reason = f"same configuration and seed as the later {run.name}"
+            if old.meta["kernel"] != run.meta["kernel"]:
+                reason += f" (kernel {old.meta['kernel']}, the later one {run.meta['kernel']})"
+            skipped.append((old.name, reason))
         seen[key] = run
     return list(seen.values()), skipped
 
@@ -327,7 +363,7 @@ def settled_step(pairwise: np.ndarray, steps: np.ndarray, threshold: float = 0.1
     """First step from which on every snapshot is within `threshold` (SAD) of the final mask; NaN if only that one is.
 
     Like Early-Bird tickets (You et al., arXiv 1909.11957), which end a search when masks differ by less than 0.1, but
-    against the final mask, so that it does not depend on how often masks are refreshed.
+    against the final mask. A mask that drifts for ever comes near its final state too: read it beside settled SAD.
     """
     far = np.flatnonzero(pairwise[:, -1] >= threshold)
     first = far[-1] + 1 if len(far) else 0
@@ -382,6 +418,7 @@ class Study:
 
     name: str  # for titles: environment, steps and what else is special
     file: str  # for file names
+    setting: tuple
     configurations: dict[str, list[Run]]  # label -> runs, ordered by seed; dense first
     reference: dict[str, str]  # label -> label of the dense configuration that it is compared with
 
@@ -390,25 +427,19 @@ class Study:
 
 
 def density(run: Run) -> float:
-    return 1.0 if run.meta["n"] is None else run.meta["n"] / run.meta["m"]
+    """Sorts dense first: 1, and less for any N:M."""
+    return 1.0 if run.meta["n"] is None else run.meta["n"] / run.meta["m"] - 1e-9
 
 
-def label_runs(runs: list[Run]) -> None:
-    """Name each configuration by its pattern and by what is not the most frequent value in its setting."""
+def label_run(run: Run) -> str:
+    """A configuration's name: its pattern and what is not the training scripts' default."""
     words = {"mask_update_interval": "K = {}", "sparse_head": "sparse head", "hidden_dim": "width {}"}
-    usual = {}
-    for name in words:
-        count = Counter(run.args[name] for run in runs if name in run.args)
-        # ties: the larger value, and no sparse head
-        usual[name] = max(count, key=lambda v, count=count: (count[v], -1 if v is True else v), default=None)
-    for run in runs:
-        found = {name: run.args[name] for name in words if run.args.get(name, usual[name]) != usual[name]}
-        other = [words[name].format(value) for name, value in found.items()]
-        exceptions = {
-            "K = 0": "static masks",
-            "sparse head": "sparse head" if run.args.get("sparse_head") else "dense head",
-        }
-        run.label = ", ".join([run.pattern, *(exceptions.get(word, word) for word in other)])
+    other = [
+        word.format(run.args[name])
+        for name, word in words.items()
+        if run.args.get(name, DEFAULTS[name]) != DEFAULTS[name]
+    ]
+    return ", ".join([run.pattern, *("static masks" if word == "K = 0" else word for word in other)])
 
 
 def make_studies(runs: list[Run]) -> tuple[list[Study], list[tuple[str, str]]]:
@@ -420,7 +451,8 @@ def make_studies(runs: list[Run]) -> tuple[list[Study], list[tuple[str, str]]]:
         key for setting in settings for key, value in setting if any(dict(o).get(key) != value for o in settings)
     }
     for setting, members in sorted(settings.items(), key=lambda item: str(item[0])):
-        label_runs(members)
+        for run in members:
+            run.label = label_run(run)
         members.sort(key=lambda run: (-density(run), run.label, run.args["seed"]))
         values = dict(setting)
         extra = [f"{key} {values[key]}" for key in sorted(varying - {"env_id", "total_timesteps"}) if key in values]
@@ -429,16 +461,16 @@ def make_studies(runs: list[Run]) -> tuple[list[Study], list[tuple[str, str]]]:
         for run in members:
             configurations.setdefault(run.label, []).append(run)
         dense = {
-            runs[0].args["hidden_dim"]: label for label, runs in configurations.items() if runs[0].pattern == "dense"
+            group[0].args["hidden_dim"]: label for label, group in configurations.items() if density(group[0]) == 1
         }
         reference = {}
         for label, group in configurations.items():
-            match = "dense" if group[0].pattern == "dense" else dense.get(group[0].args["hidden_dim"])
-            if match in configurations:
-                reference[label] = match
-            else:
+            width = DEFAULTS["hidden_dim"] if density(group[0]) == 1 else group[0].args["hidden_dim"]
+            if width in dense:
+                reference[label] = dense[width]
+            elif density(group[0]) < 1:
                 unmatched += [(run.name, f"no dense run of the same setting ({name})") for run in group]
-        studies.append(Study(name, re.sub(r"[^\w.-]+", "_", name), configurations, reference))
+        studies.append(Study(name, re.sub(r"[^\w.-]+", "_", name)[:80], setting, configurations, reference))
     return studies, unmatched
 
 
@@ -447,7 +479,8 @@ def make_studies(runs: list[Run]) -> tuple[list[Study], list[tuple[str, str]]]:
 # Okabe and Ito's colours, one for each pattern everywhere; configurations of one pattern differ in the line.
 COLORS = {"dense": "#000000", "2:4": "#0072B2", "1:4": "#E69F00", "1:8": "#009E73", "1:16": "#CC79A7", "4:8": "#56B4E9",
           "2:8": "#D55E00"}  # fmt: skip
-LINES = ["-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2))]
+SPARE = ["#999999", "#882255", "#AA8800", "#332288", "#6699CC", "#44AA99"]  # for other patterns, in their order
+LINES = ["-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 3)), (0, (8, 2, 1, 2))]
 MARKERS = "osD^vP*X"
 
 
@@ -455,13 +488,15 @@ def style(study: Study, label: str) -> tuple[str, int]:
     """Colour of the pattern, and a number for line and marker within the pattern."""
     pattern = study.configurations[label][0].pattern
     same = [name for name, runs in study.configurations.items() if runs[0].pattern == pattern]
-    return COLORS.get(pattern, "#7f7f7f"), same.index(label)
+    others = [runs[0].pattern for runs in study.configurations.values() if runs[0].pattern not in COLORS]
+    spare = SPARE[list(dict.fromkeys(others)).index(pattern) % len(SPARE)] if pattern in others else None
+    return COLORS.get(pattern, spare), same.index(label)
 
 
 def new_figure(title: str, rows: int, columns: int, height: float, **options) -> tuple[Figure, np.ndarray]:
     figure = Figure(figsize=(7, height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **options)
-    figure.suptitle(title, fontsize=10)
+    figure.suptitle(textwrap.fill(title, 95), fontsize=10)
     for ax in axes.flat:
         ax.tick_params(labelsize=8)
         ax.grid(alpha=0.3, linewidth=0.5)
@@ -491,7 +526,7 @@ def band(ax, study: Study, label: str, curves: list[pd.Series], resamples: int, 
     table = pd.concat(curves, axis=1, join="inner").dropna()
     if table.empty:
         return
-    table = table.iloc[:: math.ceil(len(table) / 300)]
+    table = table.iloc[np.unique(np.linspace(0, len(table) - 1, min(300, len(table))).round().astype(int))]
     rows, (color, line) = table.to_numpy().T, style(study, label)
     name = f"{label} ({len(rows)} seed{'s' * (len(rows) > 1)})"
     marker = "." if len(table) < 3 else None
@@ -499,7 +534,8 @@ def band(ax, study: Study, label: str, curves: list[pd.Series], resamples: int, 
         table.index * scale,
         iqm(rows, axis=0),
         color=color,
-        linestyle=LINES[line % 6],
+        linestyle=LINES[line % len(LINES)],
+        clip_on=False,
         linewidth=1.2,
         label=name,
         marker=marker,
@@ -513,14 +549,19 @@ def sparse_labels(study: Study) -> list[str]:
     return [label for label, runs in study.configurations.items() if runs[0].pattern != "dense"]
 
 
+def moving_labels(study: Study) -> list[str]:
+    """N:M configurations whose masks are refreshed: static ones have no SAD but 0."""
+    return [name for name in sparse_labels(study) if study.configurations[name][0].args["mask_update_interval"]]
+
+
 def draw_sad(study: Study, resamples: int) -> Figure | None:
     """1: SAD over training by network, against the previous and against the first mask."""
-    if not sparse_labels(study):
+    if not moving_labels(study):
         return None
     figure, axes = new_figure(f"How masks change: {study.name}", 2, 3, 5, sharex=True, sharey="row")
     for row, (key, what) in zip(axes, (("sad", "previous"), ("sad_initial", "first")), strict=True):
         for ax, net in zip(row, NETS, strict=True):
-            for label in sparse_labels(study):
+            for label in moving_labels(study):
                 band(ax, study, label, [run.curve(f"{key}/{net}") for run in study.configurations[label]], resamples)
             describe(ax, net if key == "sad" else "", "" if key == "sad" else "thousand environment steps",
                      f"SAD to the {what} mask\n(share of active weights)" if net == "actor" else "")  # fmt: skip
@@ -531,7 +572,7 @@ def draw_sad(study: Study, resamples: int) -> Figure | None:
 
 def draw_layers(study: Study, resamples: int) -> Figure | None:
     """1: the same by layer."""
-    runs = [run for label in sparse_labels(study) for run in study.configurations[label]]
+    runs = [run for label in moving_labels(study) for run in study.configurations[label]]
     found = re.findall(r"sad/(\w+)/(\w+)(?:$|\n)", "\n".join({key for run in runs for key in run.metrics}))
     layers = sorted({layer for _, layer in found if layer not in ("fc_mu", "fc3")}) + ["head"] * (
         "fc3" in dict(map(reversed, found))
@@ -544,7 +585,7 @@ def draw_layers(study: Study, resamples: int) -> Figure | None:
     for i, (layer, key) in enumerate((layer, key) for layer in layers for key in ("sad", "sad_initial")):
         for ax, net in zip(axes[i], NETS, strict=True):
             name = layer if layer != "head" else ("fc_mu" if net == "actor" else "fc3")
-            for label in sparse_labels(study):
+            for label in moving_labels(study):
                 curves = [run.curve(f"{key}/{net}/{name}") for run in study.configurations[label]]
                 if all(len(curve) for curve in curves):
                     band(ax, study, label, curves, resamples)
@@ -559,13 +600,11 @@ def draw_layers(study: Study, resamples: int) -> Figure | None:
 
 def draw_divergence(study: Study, _resamples: int) -> Figure | None:
     """2: SAD_{i:j} between all snapshots, mean over the seeds that have the same snapshots."""
-    labels = [label for label in sparse_labels(study) if any(run.topology for run in study.configurations[label])]
-    labels = [label for label in labels if study.configurations[label][0].args["mask_update_interval"]]  # not static
+    labels = [label for label in moving_labels(study) if any(run.topology for run in study.configurations[label])]
     if not labels:
         return None
-    figure, axes = new_figure(
-        f"SAD between the masks at two times: {study.name}", len(labels), 3, 0.8 + 2.1 * len(labels)
-    )
+    title = f"SAD between the masks at two times: {study.name}"
+    figure, axes = new_figure(title, len(labels), 3, 1.6 + 1.75 * len(labels))
     kept = {}
     for label in labels:
         topologies = [run.topology for run in study.configurations[label] if run.topology]
@@ -578,10 +617,10 @@ def draw_divergence(study: Study, _resamples: int) -> Figure | None:
             image = ax.pcolormesh(steps, steps, np.mean([t.pairwise[net] for t in group], axis=0), vmin=0, vmax=top,
                                   cmap="viridis", shading="nearest", rasterized=True)  # fmt: skip
             ax.set_aspect("equal")
+            seeds = f"{label}\n({len(group)} seed{'s' * (len(group) > 1)})\nthousand steps"
             x_label = "thousand steps" if label == labels[-1] else ""
-            y_label = "thousand steps" if net == "actor" else ""
-            describe(ax, f"{label}, {net} ({len(group)} seed{'s' * (len(group) > 1)})", x_label, y_label)
-    bar = figure.colorbar(image, ax=axes, location="bottom", shrink=0.5, aspect=40)
+            describe(ax, net if label == labels[0] else "", x_label, seeds if net == "actor" else "")
+    bar = figure.colorbar(image, ax=axes, location="bottom", shrink=0.5, aspect=40, pad=0.02)
     bar.set_label("SAD (share of active weights)", fontsize=8)
     bar.ax.tick_params(labelsize=8)
     return figure
@@ -589,27 +628,24 @@ def draw_divergence(study: Study, _resamples: int) -> Figure | None:
 
 def draw_ages(study: Study, resamples: int) -> Figure | None:
     """2: share of weights ever active, and age of the active ones."""
-    labels = [label for label in sparse_labels(study) if all(run.topology for run in study.configurations[label])]
-    if not labels:
+    kept = {
+        label: [run.topology for run in study.configurations[label] if run.topology] for label in moving_labels(study)
+    }
+    kept = {label: topologies for label, topologies in kept.items() if topologies}
+    if not kept:
         return None
-    figure, axes = new_figure(
-        f"Which weights were ever active, and for how long: {study.name}", 2, 3, 5, sharex=True, sharey="row"
-    )
+    title = f"Which weights were ever active, and for how long: {study.name}"
+    figure, axes = new_figure(title, 2, 3, 5, sharex=True, sharey="row")
+    total = dict(study.setting)["total_timesteps"] * 1e-3
     for ax, net in zip(axes.T, NETS, strict=True):
-        for label in labels:
-            topologies = [run.topology for run in study.configurations[label]]
+        for label, topologies in kept.items():
             band(ax[0], study, label, [pd.Series(t.ever[net], t.steps) for t in topologies], resamples)
             band(ax[1], study, label, [pd.Series(t.age[net] * 1e-3, t.steps) for t in topologies], resamples)
-        describe(ax[0], net, y="ever active, at least\n(share of all weights)" if net == "actor" else "")
-        describe(
-            ax[1],
-            "",
-            "thousand environment steps",
-            "mean age of active weights, at most\n(thousand steps)" if net == "actor" else "",
-        )
-        ax[1].plot(
-            topologies[0].steps * 1e-3, topologies[0].steps * 1e-3, color="0.6", linewidth=0.8, label="never replaced"
-        )
+        ax[1].plot([0, total], [0, total], color="0.6", linewidth=0.8, label="never replaced")
+        first = net == "actor"
+        describe(ax[0], net, "", "ever active, at least\n(share of all weights)" if first else "")
+        y_label = "mean age of active weights, at most\n(thousand steps)" if first else ""
+        describe(ax[1], "", "thousand environment steps", y_label)
     axes[0, 0].set_ylim(0, 1)
     add_legend(figure)
     return figure
@@ -621,17 +657,17 @@ def draw_sad_against_return(study: Study, resamples: int) -> Figure | None:
     found = {label: pairs for label, pairs in found.items() if len(pairs)}
     if not found:
         return None
-    figure, axes = new_figure(f"Does settling go with return? {study.name}", 1, 1, 4.2)
+    groups = by_pattern(study)
+    texts = [f"{name}: {correlation_text(sad_and_score(runs), resamples)}" for name, runs in groups.items()]
+    figure, axes = new_figure(
+        f"Does settling go with return? {study.name}", 1, 1, 3.8 + 0.17 * (len(found) + len(texts))
+    )
     for label, pairs in found.items():
         color, number = style(study, label)
-        text = f"{label}: {correlation_text(pairs, resamples)}"
+        text = f"{label} ({len(pairs)} run{'s' * (len(pairs) > 1)})"
         axes[0, 0].scatter(*pairs.T, color=color, marker=MARKERS[number % 8], s=22, label=text, alpha=0.8)
-    describe(
-        axes[0, 0],
-        "",
-        "settled SAD: mean SAD to the previous mask, last tenth of training (share of active weights)",
-        "final score",
-    )
+    x_label = "settled SAD: from the mask at 9/10 of training to the final one (share of active weights)"
+    describe(axes[0, 0], "\n".join(texts), x_label, "final score")
     add_legend(figure)
     return figure
 
@@ -648,12 +684,13 @@ def draw_interval(study: Study, resamples: int) -> Figure | None:
     }
     if not groups:
         return None
-    figure, axes = new_figure(f"How often should masks move? {study.name}", 1, 2, 3.2)
+    figure, axes = new_figure(f"How often should masks move? {study.name}", 1, 2, 3.4)
     order = sorted({k for found in groups.values() for k, _ in found}, key=lambda k: k or math.inf)
     for name, found in groups.items():
         runs = [study.configurations[label] for _, label in found]
         places = [order.index(k) for k, _ in found]
         color, _ = style(study, found[0][1])
+        number = list(groups).index(name)
         moved = [[run.topology.pairwise for run in group if run.topology] for group in runs]
         sads = [np.array([np.mean([pairwise[net][0, -1] for net in NETS]) for pairwise in group]) for group in moved]
         for ax, values in zip(axes[0], ([study.scores(label) for _, label in found], sads), strict=True):
@@ -661,16 +698,9 @@ def draw_interval(study: Study, resamples: int) -> Figure | None:
             low, high = np.array(
                 [interval([v], lambda d: iqm(d, axis=1), resamples) if len(v) else [math.nan] * 2 for v in values]
             ).T
-            ax.errorbar(
-                places,
-                middle,
-                [middle - low, high - middle],
-                color=color,
-                marker="o",
-                capsize=3,
-                linewidth=1.2,
-                label=name,
-            )
+            look = {"color": color, "marker": MARKERS[number % 8], "linestyle": LINES[number % len(LINES)]}
+            bars = [middle - low, high - middle]
+            ax.errorbar(places, middle, bars, capsize=3, linewidth=1.2, label=name, **look)
     for ax in axes[0]:
         ax.set_xticks(range(len(order)), [f"{k:,}" if k else "static" for k in order])
     describe(axes[0, 0], "", "K, critic updates between refreshes", "final score (IQM, 95 % interval)")
@@ -686,7 +716,8 @@ def draw_interval(study: Study, resamples: int) -> Figure | None:
 
 def draw_returns(study: Study, resamples: int) -> Figure:
     """5: learning curves over steps and over training time."""
-    figure, axes = new_figure(f"Return of the noise-free policy: {study.name}", 1, 2, 4, sharey=True)
+    height = 3.6 + 0.08 * len(study.configurations)
+    figure, axes = new_figure(f"Return of the noise-free policy: {study.name}", 1, 2, height, sharey=True)
     for label, runs in study.configurations.items():
         curves = [run.curve("eval/episodic_return") for run in runs]
         band(axes[0, 0], study, label, curves, resamples)
@@ -738,6 +769,15 @@ def sad_and_score(runs: list[Run]) -> np.ndarray:
     return pairs[~np.isnan(pairs).any(axis=1)]
 
 
+def by_pattern(study: Study) -> dict[str, list[Run]]:
+    """Runs of each N:M pattern, and all together."""
+    groups = {}
+    for label in sparse_labels(study):
+        runs = study.configurations[label]
+        groups.setdefault(f"all {runs[0].pattern}", []).extend(runs)
+    return groups | ({"all N:M": [*itertools.chain(*groups.values())]} if len(groups) > 1 else {})
+
+
 def correlation_text(pairs: np.ndarray, resamples: int) -> str:
     if len(pairs) < 3 or len(set(pairs[:, 0])) < 2 or len(set(pairs[:, 1])) < 2:
         return f"{len(pairs)} runs, too few to correlate"
@@ -746,9 +786,16 @@ def correlation_text(pairs: np.ndarray, resamples: int) -> str:
     return f"Spearman {rho:+.2f} [{low:+.2f}, {high:+.2f}], {len(pairs)} runs{verdict}"
 
 
+def relative(scores: np.ndarray, dense: np.ndarray) -> np.ndarray:
+    """IQM over IQM of dense, [resamples, runs] each -> [resamples]; NaN for all if dense is not surely positive."""
+    below = iqm(dense, axis=1)
+    return iqm(scores, axis=1) / below if (below > 0).all() else np.full(len(below), np.nan)
+
+
 def configuration_row(study: Study, label: str, resamples: int) -> dict:
     runs, scores = study.configurations[label], study.scores(label)
-    row = {"setting": study.name, "configuration": label, "seeds": len(runs), "final_score_iqm": iqm(scores)}
+    row = {"setting": study.name, "configuration": label} | {name: runs[0].args.get(name) for name in METHOD}
+    row |= {"seeds": len(runs), "final_score_iqm": iqm(scores)}
     row["low"], row["high"] = interval([scores], lambda drawn: iqm(drawn, axis=1), resamples)
     reference = study.reference.get(label)
     if reference and reference != label:
@@ -756,9 +803,7 @@ def configuration_row(study: Study, label: str, resamples: int) -> dict:
         row["dense"] = reference
         if iqm(dense) > 0:  # a share of a negative return means nothing
             row["of_dense"] = iqm(scores) / iqm(dense)
-            row["of_dense_low"], row["of_dense_high"] = interval(
-                [scores, dense], lambda x, y: iqm(x, axis=1) / iqm(y, axis=1), resamples
-            )
+            row["of_dense_low"], row["of_dense_high"] = interval([scores, dense], relative, resamples)
         by_seed = {run.args["seed"]: run.score for run in study.configurations[reference]}
         paired = np.array([run.score - by_seed[run.args["seed"]] for run in runs if run.args["seed"] in by_seed])
         row["pairs"] = len(paired)
@@ -783,22 +828,26 @@ def configuration_row(study: Study, label: str, resamples: int) -> dict:
 
 
 def pooled_rows(studies: list[Study], resamples: int) -> list[dict]:
-    """Dense-normalised scores over all settings in which a configuration and its dense runs are: stratified IQM."""
-    rows = []
-    for label in dict.fromkeys(
-        label for study in studies for label in study.reference if study.reference[label] != label
-    ):
-        found = [study for study in studies if study.reference.get(label)]
-        found = [study for study in found if iqm(study.scores(study.reference[label])) > 0]
+    """Dense-normalised scores over the environments of otherwise equal settings: IQM, stratified by environment."""
+    rows, settings = [], {}
+    for study in studies:
+        rest = tuple(pair for pair in study.setting if pair[0] != "env_id")
+        for label, reference in study.reference.items():
+            if label != reference and iqm(study.scores(reference)) > 0:
+                settings.setdefault((rest, label), []).append((study.scores(label), study.scores(reference)))
+    for (_, label), found in settings.items():
         if len(found) < 2:
             continue
-        groups = [study.scores(label) / iqm(study.scores(study.reference[label])) for study in found]
-        row = {"setting": f"all {len(found)} settings with it, of dense", "configuration": label}
-        row["seeds"] = " + ".join(str(len(group)) for group in groups)
-        row["of_dense"] = iqm(np.concatenate(groups))
-        row["of_dense_low"], row["of_dense_high"] = interval(
-            groups, lambda *drawn: iqm(np.concatenate(drawn, axis=1), axis=1), resamples
-        )
+
+        def pooled(*drawn):  # scores and dense scores, in turns; axis 1 are the runs
+            parts = [x / iqm(dense, axis=1)[:, None] for x, dense in zip(drawn[::2], drawn[1::2], strict=True)]
+            return iqm(np.concatenate(parts, axis=1), axis=1)
+
+        groups = [*itertools.chain(*found)]
+        row = {"setting": f"{len(found)} environments together, relative to dense", "configuration": label}
+        row["seeds"] = " + ".join(str(len(scores)) for scores, _ in found)
+        row["of_dense"] = float(pooled(*(group[None] for group in groups))[0])
+        row["of_dense_low"], row["of_dense_high"] = interval(groups, pooled, resamples)
         rows.append(row)
     return rows
 
@@ -822,13 +871,15 @@ def write_summary(out: Path, studies, skipped, unmatched, resamples: int) -> pd.
     lines = [
         "# Runs compared",
         "",
-        f"95 % bootstrap intervals over seeds ({resamples:,} resamples) in brackets; one seed has none.",
+        f"In brackets: 95 % bootstrap intervals over seeds ({resamples:,} resamples). One seed has none, and of fewer",
+        "than five they are too narrow to trust.",
         "",
     ]
     for setting, part in frame.groupby("setting", sort=False):
         lines += [f"## {setting}", ""]
-        header = """configuration / seeds / final score (IQM) / of dense / minus dense, by seed / P(better than dense)
-            / active parameters / MFLOP per update / minutes / settled SAD / settled at step: actor, qf1, qf2"""
+        header = """configuration / seeds / final score (IQM) / of dense / mean difference to dense, by seed
+            / P(better than dense) / active parameters / MFLOP per update / minutes / settled SAD
+            / within 10 % of the final mask from step: actor, qf1, qf2"""
         header = [" ".join(cell.split()) for cell in header.split("/")]
         lines += [table_line(header), table_line(["---"] * len(header))]
         for row in part.to_dict("records"):
@@ -850,12 +901,9 @@ def write_summary(out: Path, studies, skipped, unmatched, resamples: int) -> pd.
         for study in studies:
             if study.name == setting and sparse_labels(study):
                 lines += ["Settled SAD against final score, each run a point:", ""]
-                groups = {label: study.configurations[label] for label in sparse_labels(study)}
-                groups["all N:M runs together (differences between configurations included)"] = [
-                    *itertools.chain(*groups.values())
-                ]
+                groups = by_pattern(study)
                 lines += [
-                    f"- {label}: {correlation_text(sad_and_score(runs), resamples)}" for label, runs in groups.items()
+                    f"- {name}: {correlation_text(sad_and_score(runs), resamples)}" for name, runs in groups.items()
                 ]
                 lines.append("")
     for title, pairs in (("Skipped", skipped), ("Without a dense twin, so not compared", unmatched)):
@@ -865,7 +913,7 @@ def write_summary(out: Path, studies, skipped, unmatched, resamples: int) -> pd.
     return frame
 
 
-def log_wandb(args: Args, out: Path, frame: pd.DataFrame) -> None:
+def log_wandb(args: Args, out: Path, frame: pd.DataFrame, figures: list[Path]) -> None:
     """A W&B run with the same figures and table; offline without a login."""
     import wandb
 
@@ -881,14 +929,11 @@ def log_wandb(args: Args, out: Path, frame: pd.DataFrame) -> None:
             settings=wandb.Settings(silent=True, console="off", init_timeout=30),
         )
         run.log({"summary": wandb.Table(dataframe=frame.astype(object).where(frame.notna(), None))})
-        run.log({path.stem: wandb.Image(str(path)) for path in sorted(out.glob("*.png"))})
+        run.log({path.stem: wandb.Image(str(path)) for path in figures})
         run.save(str(out / "summary.*"), base_path=str(out), policy="now")
         run.finish()
     except Exception as error:
-        print(
-            f"warning: not in W&B: {str(error).splitlines()[0] if str(error) else type(error).__name__}",
-            file=sys.stderr,
-        )
+        print(f"warning: not in W&B: {first_line(error)}", file=sys.stderr)
 
 
 def analyse(args: Args, folders: list[Path]) -> None:
@@ -904,23 +949,24 @@ def analyse(args: Args, folders: list[Path]) -> None:
         print(f"not compared {name}: {reason}", file=sys.stderr)
     if any(run.meta["n"] is not None and run.topology is None for run in runs):
         print("note: N:M runs without masks.npz are not in the figures of masks", file=sys.stderr)
-    out = Path(args.out)
+    out, figures = Path(args.out), []
     try:
         out.mkdir(parents=True, exist_ok=True)
         frame = write_summary(out, studies, skipped, unmatched, args.resamples)
+        jobs = [(study, name) for study in studies for name in FIGURES]
+        for study, name in tqdm(jobs, desc="drawing", unit="figure", delay=2, disable=not sys.stderr.isatty()):
+            if figure := FIGURES[name](study, args.resamples):
+                figures.append(out / f"{study.file}_{name}.png")
+                for path in (figures[-1], figures[-1].with_suffix(".svg")):
+                    figure.savefig(path, dpi=200)
+        if args.thin:
+            for run in runs:
+                thin_run(run, Path(args.thin))
     except OSError as error:
-        raise UserError(f"--out {args.out} can't be written: {error}") from None
-    jobs = [(study, name) for study in studies for name in FIGURES]
-    for study, name in tqdm(jobs, desc="drawing", unit="figure", delay=2, disable=not sys.stderr.isatty()):
-        if figure := FIGURES[name](study, args.resamples):
-            for kind in ("png", "svg"):
-                figure.savefig(out / f"{study.file}_{name}.{kind}", dpi=200)
-    if args.thin:
-        for run in runs:
-            thin_run(run, Path(args.thin))
+        raise UserError(f"{args.out}{f' or {args.thin}' if args.thin else ''} can't be written: {error}") from None
     print((out / "summary.md").read_text())
     if args.track:
-        log_wandb(args, out, frame)
+        log_wandb(args, out, frame, figures)
     print(f"{len(runs)} runs, {len(skipped)} skipped: figures and tables are in {out}")
 
 
@@ -930,6 +976,8 @@ def main() -> int:
     try:
         if args.resamples < 100:
             raise UserError("--resamples must be at least 100")
+        if args.thin and Path(args.thin).exists():
+            raise UserError(f"--thin {args.thin} exists already: name a new folder")
         if bool(args.runs) == bool(args.wandb_project_name) or (args.wandb_project_name and not args.wandb_entity):
             raise UserError("name run folders, or --wandb-entity and --wandb-project-name")
         with tempfile.TemporaryDirectory() as scratch:

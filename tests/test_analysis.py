@@ -39,7 +39,7 @@ def make_run(rnm, folder, *, seed=1, n=1, m=4, score=100.0, total=3000, churn=0.
         W = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
         masks = first = {name: rnm.project(w, n, m) for name, w in W.items()}
         history = rnm.add_masks([], first, 0, 0, 0)
-        for refresh in range(1, 11):
+        for refresh in range(1, 11 if args["mask_update_interval"] else 1):
             for w in W.values():
                 w += churn * torch.randn(w.shape, generator=generator)
             new = {name: rnm.project(w, n, m) for name, w in W.items()}
@@ -164,7 +164,7 @@ def test_environments_are_pooled_relative_to_dense(rnm, monkeypatch, capsys, tmp
     code, _, err = run(monkeypatch, capsys, tmp_path / "runs", "--no-track", "--out", tmp_path / "a")
     assert code == 0, err
     table = pd.read_csv(tmp_path / "a/summary.csv")
-    pooled = table[table.setting.str.startswith("all 2 settings")].iloc[0]
+    pooled = table[table.setting.str.startswith("2 environments together")].iloc[0]
     assert pooled.of_dense == pytest.approx(1.4) and pooled.seeds == "3 + 3"  # (1.3, 1.4, 1.5) twice, trimmed
     assert 1.3 <= pooled.of_dense_low < 1.4 < pooled.of_dense_high <= 1.5
     row = table[table.setting.str.startswith("Pendulum") & (table.configuration == "1:4")].iloc[0]
@@ -204,11 +204,17 @@ def test_thinned_runs_tell_the_same(rnm, monkeypatch, capsys, tmp_path):
     steps = [f"settled_step_{net}" for net in sa.NETS]  # coarser in time
     pd.testing.assert_frame_equal(a.drop(columns=steps), b.drop(columns=steps))
     with np.load(tmp_path / "thin/sparse_1/masks.npz") as file:
-        assert file["global_step"].tolist() == [0, 600, 1200, 1800, 2400, 3000]
+        assert file["global_step"].tolist() == [0, 600, 1200, 1800, 2400, 2700, 3000]
 
 
 def cut(path, size):
     path.write_bytes(path.read_bytes()[:size])
+
+
+def infinite(path):
+    frame = pd.read_csv(path)
+    frame.loc[1, "eval/episodic_return"] = np.inf
+    frame.to_csv(path, index=False)
 
 
 def flip(path):
@@ -217,20 +223,42 @@ def flip(path):
     path.write_bytes(bytes(data))
 
 
+OTHER = "damaged, or of another version"
 DAMAGE = {
-    "not finished": lambda d: edit(d, exit_reason="running"),
-    "not finished (exit reason: sigterm)": lambda d: edit(d, exit_reason="sigterm"),
-    "damaged: ": lambda d: cut(d / "meta.json", 30),
-    "meta.json is missing": lambda d: (d / "meta.json").unlink(),
-    "metrics.csv is missing": lambda d: (d / "metrics.csv").unlink(),
-    "empty, or": lambda d: cut(d / "metrics.csv", 0),
-    "damaged: metrics.csv ends at step": lambda d: cut(d / "metrics.csv", (d / "metrics.csv").stat().st_size - 3),
-    "damaged: final score": lambda d: edit(d, final_score=1e9),
-    "mixed versions": lambda d: edit(d, resumed=[{"versions": {"mujoco": "3.3.0"}}]),
-    "damaged: masks.npz": lambda d: flip(d / "masks.npz"),
-    "written by another version": lambda d: edit(d, args={}),
-    "mask that is not 2:4": lambda d: edit(d, n=2, m=4),
-}
+    "running": ("not finished (exit reason: running)", lambda d: edit(d, exit_reason="running")),
+    "stopped": ("not finished (exit reason: sigterm)", lambda d: edit(d, exit_reason="sigterm")),
+    "half a meta.json": (OTHER, lambda d: cut(d / "meta.json", 30)),
+    "no meta.json": ("meta.json is missing", lambda d: (d / "meta.json").unlink()),
+    "no metrics.csv": ("metrics.csv is missing", lambda d: (d / "metrics.csv").unlink()),
+    "empty metrics.csv": (OTHER, lambda d: cut(d / "metrics.csv", 0)),
+    "a row less": ("metrics.csv ends at step", lambda d: cut(d / "metrics.csv", -3)),
+    "another score": ("damaged: final score", lambda d: edit(d, final_score=1e9)),
+    "other versions": ("mixed versions", lambda d: edit(d, resumed=[{"versions": {"mujoco": "3.3.0"}}])),
+    "a flipped bit": ("damaged: masks.npz: ", lambda d: flip(d / "masks.npz")),
+    "no masks in it": ("damaged: masks.npz: ", lambda d: np.savez(d / "masks.npz", global_step=np.zeros(0, int))),
+    "no arguments": (OTHER, lambda d: edit(d, args={})),
+    "another pattern": ("mask that is not 2:4", lambda d: edit(d, n=2, m=4)),
+    "garbage": (None, lambda d: swap(d / "metrics.csv", ",0.", ",zero.")),
+    "no clock": (OTHER, lambda d: swap(d / "metrics.csv", "wall_time_s", "wall_time")),
+    "infinite": ("damaged: final score", lambda d: infinite(d / "metrics.csv")),
+} | {
+    f"{key} {value}": (None, lambda d, key=key, value=value: edit(d, **{key: value}))
+    for key, value in {"start": None, "final_score": "much", "versions": 3, "m": None, "kernel": None, "threads": None,
+                       "flops_per_update": {}, "params_active": "many", "hardware": []}.items()
+} | {
+    f"argument {key} {value}": (None, lambda d, key=key, value=value: edit(d, args=args_of(d) | {key: value}))
+    for key, value in {"seed": None, "env_id": None, "mask_update_interval": None, "gamma": [1]}.items()
+}  # fmt: skip
+
+
+def args_of(folder):
+    return json.loads((folder / "meta.json").read_text())["args"]
+
+
+def swap(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
 
 
 def edit(folder, **changes):
@@ -238,19 +266,20 @@ def edit(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-@pytest.mark.parametrize("reason", DAMAGE)
-def test_runs_that_cant_be_used_are_named(rnm, tmp_path, reason):
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_runs_that_cant_be_used_are_named(rnm, tmp_path, damage):
     make_run(rnm, tmp_path / "runs/good")
-    DAMAGE[reason](make_run(rnm, tmp_path / "runs/bad", seed=2))
+    reason, act = DAMAGE[damage]
+    act(make_run(rnm, tmp_path / "runs/bad", seed=2))
     runs, skipped = sa.load_all(sa.find_folders((str(tmp_path / "runs"),)))
     assert [run.name for run in runs] == ["good"]
-    assert [name for name, _ in skipped] == ["bad"] and reason in skipped[0][1]
+    assert [name for name, _ in skipped] == ["bad"] and (reason or "damaged") in skipped[0][1]
 
 
 def test_other_masks_than_logged_are_found(rnm, tmp_path):
     a, b = make_run(rnm, tmp_path / "a", seed=1), make_run(rnm, tmp_path / "b", seed=2)
     shutil.copy(a / "masks.npz", b / "masks.npz")
-    with pytest.raises(ValueError, match="sad_initial/actor"):
+    with pytest.raises(sa.BadRun, match="sad_initial/actor"):
         sa.load_run(b)
 
 
