@@ -27,6 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -36,6 +37,7 @@ from typing import Literal
 
 import gymnasium as gym
 import numpy as np
+import threadpoolctl
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -247,6 +249,7 @@ class Packed:
 def csr_products(packed: Packed, x: torch.Tensor, dy: torch.Tensor) -> dict[str, Callable]:
     """torch's sparse CSR, which anyone could use, with operands laid out as it likes them."""
     W = packed.layer.weight.detach()
+    warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
     rows, columns, bias = W.to_sparse_csr(), W.T.contiguous().to_sparse_csr(), packed.layer.bias.detach()[:, None]
     x_columns, dy_columns, x_rows = x.T.contiguous(), dy.T.contiguous(), x.contiguous()
     return {
@@ -283,7 +286,7 @@ def layer_functions(inputs: int, outputs: int, batch: int, args: Args) -> tuple[
 
     if "float32" in args.dtypes:
         add("dense torch", "", dense_products(W, bias, x, dy))
-        add("dense torch, again", "", dense_products(W, bias, x, dy))  # the machine's noise
+        add("dense again", "", dense_products(W, bias, x, dy))  # the machine's noise
         add("dense numpy", "", numpy_products(W, bias, x, dy))
     if "bfloat16" in args.dtypes:
         add("dense bf16", "", dense_products(*(tensor.bfloat16() for tensor in (W, bias, x, dy))))
@@ -319,6 +322,7 @@ def measure_layers(args: Args, limits: dict, threads: int, bar: tqdm) -> tuple[l
     """Rows of results for every layer and batch size, and complaints about kernels that are wrong."""
     torch.set_num_threads(threads)
     load_kernels().nm_threads(threads)
+    threadpoolctl.threadpool_limits(threads, user_api="blas")  # numpy's
     rows, wrong = [], []
     layers = [(113, 256), *((width, width) for width in args.widths)]  # the first: a critic's on Ant-v5
     for (inputs, outputs), batch in itertools.product(layers, args.batch_sizes):
@@ -427,17 +431,17 @@ def print_layers(rows: list[dict]) -> None:
         print(
             f"\n{inputs} inputs, {outputs} outputs, batch {batch}, {threads} thread{'s' * (threads > 1)}: microseconds"
         )
-        print(f"{'':17}" + "".join(f"{product:>20}" for product in products) + f"{'of peak':>9}")
+        print(f"{'':15}" + "".join(f"{product:>19}" for product in products) + "  peak")
         lines = itertools.groupby(group, key=lambda row: f"{row['implementation']} {row['pattern']}".strip())
         for name, cells in lines:
             cells = {row["product"]: row for row in cells}
-            line = f"{name[:17]:17}"
-            for product in products:
-                row = cells.get(product)
-                times = f"({row['x_torch_fp32']:.2f}x, {row['x_best_fp32']:.2f}x)" if row else ""
-                line += f"{row['us']:>6,.0f} {times:>13}" if row else " " * 20
+            line = f"{name[:15]:15}"
+            for row in map(cells.get, products):
+                line += (
+                    f"{row['us']:>7,.0f}{row['x_torch_fp32']:>5.1f}x{row['x_best_fp32']:>5.1f}x" if row else " " * 19
+                )
             last = cells.get(products[-1])
-            print(line + (f"{last['share_of_peak']:9.0%}" if last else ""))
+            print(line + (f"{last['share_of_peak']:6.0%}" if last else ""))
 
 
 def draw_speedup(rows: list[dict], args: Args, threads: int) -> Figure | None:
@@ -486,10 +490,8 @@ def benchmark_kernels(args: Args) -> int:
         raise UserError(f"the N:M kernels need a C compiler: {str(error).splitlines()[0]}") from None
     peak, read = limits["peak_gflops"], limits["read_gbs"]
     print(f"{cpu_name()}; one core: {peak:.0f} GFLOP/s of fp32 multiply-adds, {read:.1f} GB/s read from memory")
-    print(
-        f"torch {torch.__version__} with {torch.backends.cpu.get_cpu_capability()}; in brackets: times as fast as torch's"
-    )
-    print("dense fp32, as the best dense fp32; of peak: useful operations against those multiply-adds")
+    print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}. In brackets: times as fast as")
+    print("torch dense fp32, as the best dense fp32; of peak: useful operations against those multiply-adds")
     content = {"conditions": conditions(args) | limits, "layers": [], "actor": [], "masks": [], "wrong": []}
     count = len(set(args.threads)) * (1 + len(args.widths)) * len(args.batch_sizes)
     with tqdm(total=count, unit="layer", disable=not sys.stderr.isatty()) as bar:
@@ -520,7 +522,7 @@ def report_kernels(args: Args, content: dict, out: Path) -> None:
             shares = "  ".join(f"K {k:,}: {row[f'share_at_K_{k}']:6.2%}" for k in (100, 1000, 10_000))
             costs = f"project {row['project_us']:9,.0f} us  index {row['index_us']:8,.0f} us"
             print(f"{row['width']:5} {row['pattern']:5} {costs}  {shares}")
-    noise = [abs(math.log(row["x_torch_fp32"])) for row in rows if row["implementation"] == "dense torch, again"]
+    noise = [abs(math.log(row["x_torch_fp32"])) for row in rows if row["implementation"] == "dense again"]
     if noise:
         middle, worst = statistics.median(noise), max(noise)
         content["noise"] = {"median": middle, "worst": worst}
