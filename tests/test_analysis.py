@@ -368,3 +368,34 @@ def test_offline_wandb_run(rnm, monkeypatch, capsys, tmp_path):
     code, _, err = run(monkeypatch, capsys, "runs", "--resamples", 100)
     assert code == 0 and "warning" not in err
     assert list(tmp_path.glob("wandb/offline-run-*/files/media/images/*.png"))
+
+
+def test_defaults_are_the_training_scripts(rnm):
+    assert sa.DEFAULTS == {name: getattr(rnm.Args(), name) for name in sa.DEFAULTS}
+
+
+def test_references_and_labels(rnm, tmp_path):
+    """Dense of the same width is the reference, whatever width most runs have; a narrow dense run is none of 1:4's."""
+    for seed in (1, 2, 3):
+        make_run(rnm, tmp_path / f"narrow{seed}", seed=seed, n=None, args={"hidden_dim": 86})
+        make_run(rnm, tmp_path / f"thin{seed}", seed=seed, args={"hidden_dim": 86, "mask_update_interval": 10_000})
+    make_run(rnm, tmp_path / "wide", n=None)
+    make_run(rnm, tmp_path / "sparse")
+    runs, _ = sa.load_all(sa.find_folders((str(tmp_path),)))
+    (study,), unmatched = sa.make_studies(runs)
+    assert not unmatched
+    assert study.reference == {
+        "dense": "dense",
+        "dense, width 86": "dense",
+        "1:4": "dense",
+        "1:4, K = 10000, width 86": "dense, width 86",
+    }
+    (study,), unmatched = sa.make_studies([run for run in runs if run.name != "wide"])
+    assert [name for name, _ in unmatched] == ["sparse"] and "dense, width 86" not in study.reference
+
+
+def test_thin_never_overwrites(rnm, monkeypatch, capsys, tmp_path):
+    make_run(rnm, tmp_path / "runs/a")
+    before = (tmp_path / "runs/a/masks.npz").read_bytes()
+    code, _, err = run(monkeypatch, capsys, tmp_path / "runs", "--no-track", "--thin", tmp_path / "runs")
+    assert code == 2 and "exists already" in err and (tmp_path / "runs/a/masks.npz").read_bytes() == before
