@@ -72,8 +72,9 @@ class Args:
     """timings of each function, or runs of each configuration, >= 1"""
     env_id: str = "Ant-v4"
     """gymnasium id of the environment (--end-to-end)"""
-    hidden_dim: int = 256
-    """units in each of the two hidden layers, >= 1 (--end-to-end)"""
+    hidden_dims: tuple[int, ...] = (256,)
+    """units in each of the two hidden layers, each from 1 to 8192; of further widths only dense, 2:4, 1:4 and 1:8 are
+    timed, to see how the cost grows (--end-to-end)"""
     steps: int = 3000
     """environment steps with updates in each run, >= 2000; the first 1000 are not counted (--end-to-end)"""
     out: str | None = None
@@ -88,7 +89,12 @@ class UserError(Exception):
 
 
 def check_args(args: Args) -> None:
-    for name, low, high in (("widths", 1, 8192), ("batch_sizes", 1, 65_536), ("threads", 1, CORES)):
+    for name, low, high in (
+        ("widths", 1, 8192),
+        ("hidden_dims", 1, 8192),
+        ("batch_sizes", 1, 65_536),
+        ("threads", 1, CORES),
+    ):
         values = getattr(args, name)
         if not values or not all(low <= value <= high for value in values):
             raise UserError(f"--{name.replace('_', '-')} takes numbers from {low} to {high}, not {values}")
@@ -98,8 +104,8 @@ def check_args(args: Args) -> None:
             raise UserError(f"--patterns takes N:M with 1 <= N < M <= 32768, not {pattern}")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here")
-    if args.repetitions < 1 or args.steps < 2000 or args.hidden_dim < 1:
-        raise UserError("--repetitions and --hidden-dim must be at least 1, --steps at least 2000")
+    if args.repetitions < 1 or args.steps < 2000:
+        raise UserError("--repetitions must be at least 1, --steps at least 2000")
     if args.env_id not in gym.registry:
         raise UserError(f"unknown --env-id {args.env_id}")
 
@@ -593,9 +599,9 @@ def configurations(args: Args, threads: int) -> dict[str, tuple[list[str], int, 
         f"--env-id={args.env_id}", f"--total-timesteps={1000 + args.steps}", "--learning-starts=1000", "--no-track",
         "--eval-interval=1000000000", "--eval-episodes=1", "--buffer-size=100000",
     ]  # fmt: skip
-    width = f"--hidden-dim={args.hidden_dim}"
+    width = f"--hidden-dim={args.hidden_dims[0]}"
     rnm, dense = ([str(HERE / f"{name}_td3_continuous.py"), *common] for name in ("rnm", "dense"))
-    narrow = round(args.hidden_dim * 0.336)
+    narrow = round(args.hidden_dims[0] * 0.336)
     found = {"dense": ([*dense, width], threads, 1)}
     if torch.backends.cpu.get_cpu_capability() == "AVX512" or platform.machine() != "x86_64":
         found["dense, bf16 autocast"] = (["-c", BF16, *dense, width], threads, 1)
@@ -606,11 +612,15 @@ def configurations(args: Args, threads: int) -> dict[str, tuple[list[str], int, 
     found["1:8, --kernel torch"] = ([*sparse, "--kernel=torch"], threads, 1)
     for label, name, module in (("SB3", "sb3", "stable_baselines3"), ("SBX (JAX)", "sbx", "sbx")):
         if importlib.util.find_spec(module):
-            numbers = map(str, (args.hidden_dim, args.steps, threads))
+            numbers = map(str, (args.hidden_dims[0], args.steps, threads))
             found[label] = (["-c", PEER, name, args.env_id, *numbers], threads, 1)
     if len(os.sched_getaffinity(0)) >= 2 * threads:
         found[f"1:8, {2 * threads} threads"] = (sparse, 2 * threads, 1)
         found["1:8, two runs at once"] = (sparse, threads, 2)
+    for hidden in args.hidden_dims[1:]:
+        found[f"dense, hidden {hidden}"] = ([*dense, f"--hidden-dim={hidden}"], threads, 1)
+        for n, m in ((2, 4), (1, 4), (1, 8)):
+            found[f"{n}:{m}, hidden {hidden}"] = ([*rnm, f"--hidden-dim={hidden}", f"--n={n}", f"--m={m}"], threads, 1)
     return found
 
 
@@ -683,7 +693,7 @@ def report_training(args: Args, threads: int, results: dict[str, list[tuple]], o
     """Print medians, ranges and ratios; write results.json with all conditions."""
     rates = {label: [rate for rate, *_ in runs] for label, runs in results.items()}
     median = {label: statistics.median(values) for label, values in rates.items()}
-    print(f"{args.env_id}, hidden {args.hidden_dim}, batch 256, {threads} thread(s), {cpu_name()}")
+    print(f"{args.env_id}, hidden {args.hidden_dims[0]}, batch 256, {threads} thread(s), {cpu_name()}")
     print(f"medians and ranges of {min(map(len, rates.values()))} runs each, in turns")
     others = [label for label in ("dense", "SB3", "SBX (JAX)") if label in median]
     header = ["", "steps/s", "range", "ms/update", "peak MiB", *(f"x {label}" for label in others)]
@@ -691,7 +701,9 @@ def report_training(args: Args, threads: int, results: dict[str, list[tuple]], o
     for label, values in rates.items():
         update = [ms for _, ms, _ in results[label] if ms is not None]
         memory = statistics.median(mib for *_, mib in results[label])
-        ratios = [f"{median[label] / median[other]:.2f}" for other in others]
+        hidden = label.partition(", hidden ")[2]  # further widths: against dense of the same width
+        twins = [f"dense, hidden {hidden}" if other == "dense" else "" for other in others] if hidden else others
+        ratios = [f"{median[label] / median[twin]:.2f}" if twin in median else "" for twin in twins]
         ms = f"{statistics.median(update):.2f}" if update else ""
         spread = f"{min(values):.0f}-{max(values):.0f}"
         table.append([label, f"{median[label]:.0f}", spread, ms, f"{memory:.0f}", *ratios])
@@ -699,7 +711,34 @@ def report_training(args: Args, threads: int, results: dict[str, list[tuple]], o
         print(f"{row[0]:22}" + "".join(f"{cell:>11}" for cell in row[1:]))
     content = {"conditions": conditions(args), "rate_update_ms_peak_mib": results}
     (out / "results.json").write_text(json.dumps(content, indent=1) + "\n")
-    print(f"written: {out / 'results.json'}")
+    figure = draw_training(args, threads, rates)
+    for kind in ("png", "svg"):
+        figure.savefig(out / f"end_to_end.{kind}", dpi=200)
+    print(f"written: results.json and end_to_end.png in {out}")
+
+
+def draw_training(args: Args, threads: int, rates: dict[str, list[float]]) -> Figure:
+    """A bar for each configuration: median steps per second, a line from the slowest to the fastest run."""
+    figure = Figure(figsize=(7, 1.3 + 0.3 * len(rates)), layout="constrained")
+    ax = figure.subplots()
+    for place, (label, values) in enumerate(rates.items()):
+        color = COLORS.get(label.partition(",")[0], "#7f7f7f" if label.startswith("S") else "#000000")
+        ax.barh(place, statistics.median(values), color=color, height=0.7)
+        ax.plot([min(values), max(values)], [place, place], color="#999999", linewidth=1.5)
+        ax.annotate(f"{statistics.median(values):,.0f}", (max(values), place), (4, 0), textcoords="offset points",
+                    va="center", fontsize=8)  # fmt: skip
+    ax.set_yticks(range(len(rates)), list(rates), fontsize=8)
+    ax.invert_yaxis()
+    ax.margins(x=0.1)
+    ax.set_xlabel("environment steps per second (median; grey: slowest to fastest run)", fontsize=8)
+    ax.tick_params(labelsize=8)
+    for side in ("top", "right"):
+        ax.spines[side].set_visible(False)
+    title = (
+        f"Training TD3 on {args.env_id}: hidden {args.hidden_dims[0]}, batch 256, {threads} thread{'s' * (threads > 1)}"
+    )
+    figure.suptitle(title, fontsize=10)
+    return figure
 
 
 # --- Common -------------------------------------------------------------------------------------------------------

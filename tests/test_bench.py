@@ -24,7 +24,7 @@ def test_end_to_end(monkeypatch, tmp_path, capsys):
     kept = {"dense", "1:8", "1:8, two runs at once"}
     configurations = bench.configurations
     monkeypatch.setattr(bench, "configurations", lambda *a: {k: v for k, v in configurations(*a).items() if k in kept})
-    flags = ("--env-id", "Pendulum-v1", "--hidden-dim", 16, "--steps", 2000, "--repetitions", 1, "--out", tmp_path)
+    flags = ("--env-id", "Pendulum-v1", "--hidden-dims", 16, "--steps", 2000, "--repetitions", 1, "--out", tmp_path)
     assert run(monkeypatch, "--end-to-end", *flags) == 0
     results = json.loads((tmp_path / "results.json").read_text())
     assert set(results["rate_update_ms_peak_mib"]) >= kept - {"1:8, two runs at once"}
@@ -38,11 +38,17 @@ def test_end_to_end(monkeypatch, tmp_path, capsys):
 
 def test_ratios_and_failures(monkeypatch, tmp_path, capsys):
     rates = {"dense": iter([100.0, 300.0, 200.0]), "1:8": iter([800.0, 900.0, 1000.0])}
-    monkeypatch.setattr(bench, "configurations", lambda *_: {"dense": ("dense", 1, 1), "1:8": ("1:8", 1, 1)})
+    rates |= {"dense, hidden 512": iter([50.0] * 3), "1:8, hidden 512": iter([350.0] * 3)}
+    monkeypatch.setattr(bench, "configurations", lambda *_: {name: (name, 1, 1) for name in rates})
     monkeypatch.setattr(bench, "run_once", lambda command, *_: (next(rates[command]), 1.5, 321.0))
     assert run(monkeypatch, "--end-to-end", "--repetitions", 3, "--out", tmp_path) == 0
-    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("1:8"))
+    lines = capsys.readouterr().out.splitlines()
+    line = next(line for line in lines if line.startswith("1:8"))
     assert line.split() == ["1:8", "900", "800-1000", "1.50", "321", f"{900 / statistics.median([100, 300, 200]):.2f}"]
+    line = next(line for line in lines if line.startswith("1:8, hidden 512"))
+    assert line.split()[-1] == "7.00"  # against dense of its own width
+    out = (tmp_path / "end_to_end.svg").read_text()
+    assert "1:8, hidden 512" in out
     monkeypatch.undo()
     command = ["-c", "import sys; sys.exit('no such luck')"]
     monkeypatch.setattr(bench, "configurations", lambda *_: {"dense": (command, 1, 1)})
@@ -52,7 +58,7 @@ def test_ratios_and_failures(monkeypatch, tmp_path, capsys):
 
 BAD = [("--steps", 1), ("--repetitions", 0), ("--threads", 999), ("--env-id", "No-v0"), ("--widths", 0),
        ("--batch-sizes", 0),
-       ("--patterns", "8:4"), ("--patterns", "two"), ("--hidden-dim", 0), ("--out", "/dev/null/x")]  # fmt: skip
+       ("--patterns", "8:4"), ("--patterns", "two"), ("--hidden-dims", 0), ("--out", "/dev/null/x")]  # fmt: skip
 if not torch.cuda.is_available():
     BAD.append(("--device", "cuda"))
 
