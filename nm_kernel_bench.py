@@ -475,10 +475,11 @@ def draw_speedup(rows: list[dict], args: Args, threads: int) -> Figure | None:
         ax.set_xticks(args.widths, [str(width) for width in args.widths])
         ax.set_yticks([0.5, 1, 2, 4, 8, 16], ["½", "1", "2", "4", "8", "16"])
         ax.set_title(product, fontsize=9)
+        ax.set_xlabel("width of a square layer", fontsize=8)
+        ax.set_ylabel("times as fast as dense", fontsize=8)
+        ax.label_outer()
         ax.tick_params(labelsize=8)
         ax.grid(alpha=0.3, linewidth=0.5)
-    figure.supxlabel("width of a square layer", fontsize=8)
-    figure.supylabel("times as fast as dense", fontsize=8)
     figure.suptitle(
         f"N:M against dense, batch {batch}, {threads} thread{'s' * (threads > 1)}; dotted: ideal M/N", fontsize=10
     )
