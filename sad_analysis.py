@@ -305,7 +305,8 @@ def thin_run(run: Run, out: Path, rows: int = 60, masks: int = 6) -> None:
             arrays = {key: value if key.endswith(".shape") else value[snapshots] for key, value in file.items()}
         np.savez_compressed(target / "masks.npz", **arrays)
     run.metrics.loc[kept].to_csv(target / "metrics.csv")
-    (target / "meta.json").write_text(json.dumps(run.meta, indent=1) + "\n")
+    meta = run.meta | {"args": run.args | {"runs_dir": "runs"}}  # where it was on some machine is nobody's concern
+    (target / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
 
 
 def load_all(folders: list[Path]) -> tuple[list[Run], list[tuple[str, str]]]:
