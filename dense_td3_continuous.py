@@ -83,7 +83,7 @@ class Args:
     device: Literal["cpu", "cuda"] = "cpu"
     """where the networks live"""
     threads: int = 1
-    """CPU threads of torch, >= 1; one per run fills a machine best"""
+    """CPU threads, >= 1; one per run fills a machine best"""
     eval_interval: int = 10_000
     """environment steps between evaluations (also at 0 and at the end), >= 1"""
     eval_episodes: int = 10
@@ -187,7 +187,7 @@ def make_agent(actor: Actor, qf1: QNetwork, qf2: QNetwork, learning_rate: float)
 
 
 def drop_gradients(optimizer: optim.Optimizer) -> None:
-    """optimizer.zero_grad() without its profiling, which costs half as much as Adam's step."""
+    """What optimizer.zero_grad() does, without its profiling: that takes longer than all the rest of it."""
     for group in optimizer.param_groups:
         for param in group["params"]:
             param.grad = None
@@ -251,7 +251,7 @@ def update_agent(agent: Agent, rb: "ReplayBuffer", args: Args, rng: dict, update
 
 
 def mean_losses(losses: dict[str, torch.Tensor]) -> dict[str, float]:
-    """The logged numbers of an update: taken when a row is written, since each costs as much as a small product."""
+    """The logged numbers of an update, taken only when a row is written."""
     row = {key: value.mean().item() for key, value in losses.items()}
     if losses:
         row["losses/qf_loss"] = (row["losses/qf1_loss"] + row["losses/qf2_loss"]) / 2  # the mean, as CleanRL logs it

@@ -109,7 +109,7 @@ class Args:
     device: Literal["cpu", "cuda"] = "cpu"
     """where the networks live"""
     threads: int = 1
-    """CPU threads of torch, >= 1; one per run fills a machine best"""
+    """CPU threads, >= 1; one per run fills a machine best"""
     eval_interval: int = 10_000
     """environment steps between evaluations (also at 0 and at the end), >= 1"""
     eval_episodes: int = 10
@@ -335,7 +335,7 @@ def make_agent(actor: Actor, qf1: QNetwork, qf2: QNetwork, learning_rate: float)
 
 
 def drop_gradients(optimizer: optim.Optimizer) -> None:
-    """optimizer.zero_grad() without its profiling, which costs half as much as Adam's step."""
+    """What optimizer.zero_grad() does, without its profiling: that takes longer than all the rest of it."""
     for group in optimizer.param_groups:
         for param in group["params"]:
             param.grad = None
@@ -399,7 +399,7 @@ def update_agent(agent: Agent, rb: "ReplayBuffer", args: Args, rng: dict, update
 
 
 def mean_losses(losses: dict[str, torch.Tensor]) -> dict[str, float]:
-    """The logged numbers of an update: taken when a row is written, since each costs as much as a small product."""
+    """The logged numbers of an update, taken only when a row is written."""
     row = {key: value.mean().item() for key, value in losses.items()}
     if losses:
         row["losses/qf_loss"] = (row["losses/qf1_loss"] + row["losses/qf2_loss"]) / 2  # the mean, as CleanRL logs it
@@ -1375,13 +1375,13 @@ static void transpose(const float *a, long a_stride, float *b, long b_stride) {
 }
 #endif
 
-// dval[k] += sum over b of dy[r][b] x[idx[k]][b] and dbias[r] += sum over b of dy[r][b], b in `tiles` tiles.
 INLINE vec dot(const int tiles, const vec *d, const vec *x, long tile) {
     vec a = zero, b = zero;
     for (int i = 0; i < tiles * V; i += 2)
         a += d[i] * x[i / V * tile + i % V], b += d[i + 1] * x[i / V * tile + i % V + 1];
     return a + b;
 }
+// dval[k] += sum over b of dy[r][b] x[idx[k]][b] and dbias[r] += sum over b of dy[r][b], b in `tiles` tiles.
 INLINE void grad_weight(const int tiles, const layer *l, float *dval, int r0, int r1, const float *dy, long dy_width,
                         const float *x, long x_width) {
     const int32_t *start = l->ends[GRAD], *stop = start + l->blocks[GRAD] * l->rows;
@@ -1844,7 +1844,7 @@ def load_kernels(source: str = KERNELS) -> ctypes.CDLL:
         command = [*compiler, *flags, "-x", "c", "-", "-o", built]
         run = subprocess.run(command, input=source.encode(), capture_output=True)
         if run.returncode:
-            raise OSError(f"{compiler[0]} failed: {run.stderr.decode().strip().splitlines()[:1]}")
+            raise OSError(f"{compiler[0]} failed: {run.stderr.decode().strip().partition(chr(10))[0]}")
         with contextlib.suppress(OSError):  # a cache that can't be written: compile at each start
             path.parent.mkdir(parents=True, exist_ok=True)
             own = path.with_name(f"{key}-{os.getpid()}.so")  # so that nobody else writes it

@@ -202,9 +202,9 @@ def load_run(folder: Path) -> Run:
     score = final_score([list(pair) for pair in evaluations[evaluations.index > 0].items()])
     if not math.isclose(score, run.score, rel_tol=1e-9, abs_tol=1e-9) or not np.isfinite(evaluations).all():
         raise BadRun(f"damaged: final score {run.score} in meta.json, {score} in metrics.csv")
-    physics = [{k: v for k, v in part["versions"].items() if k not in ("wandb", "python")} for part in
+    versions = [{k: v for k, v in part["versions"].items() if k not in ("wandb", "python")} for part in
                (meta, *meta.get("resumed", []))]  # fmt: skip
-    if any(versions != physics[0] for versions in physics):
+    if any(other != versions[0] for other in versions):
         raise BadRun("mixed versions: it was resumed with other ones than it began with")
     numbers = [run.args["seed"], run.args["hidden_dim"], meta["params_active"], meta["flops_per_update"]["sparse"]]
     numbers += [meta["threads"], metrics["charts/wall_time_s"].iloc[-1]]

@@ -6,7 +6,6 @@ import statistics
 import sys
 
 import pytest
-import torch
 
 import nm_kernel_bench as bench
 
@@ -54,13 +53,22 @@ def test_ratios_and_failures(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "configurations", lambda *_: {"dense": (command, 1, 1)})
     assert run(monkeypatch, "--end-to-end", "--repetitions", 1, "--out", tmp_path) == 1
     assert "no such luck" in capsys.readouterr().err
+    runs = iter([(100.0, 1.5, 321.0), RuntimeError("the second run fails")])
+
+    def fail_later(*_):
+        if isinstance(found := next(runs), Exception):
+            raise found
+        return found
+
+    monkeypatch.setattr(bench, "run_once", fail_later)
+    assert run(monkeypatch, "--end-to-end", "--repetitions", 2, "--out", tmp_path / "kept") == 1
+    content = json.loads((tmp_path / "kept/results.json").read_text())
+    assert content["rate_update_ms_peak_mib"] == {"dense": [[100.0, 1.5, 321.0]]}  # what was finished is not lost
 
 
 BAD = [("--steps", 1), ("--repetitions", 0), ("--threads", 999), ("--env-id", "No-v0"), ("--widths", 0),
        ("--batch-sizes", 0),
        ("--patterns", "8:4"), ("--patterns", "two"), ("--hidden-dims", 0), ("--out", "/dev/null/x")]  # fmt: skip
-if not torch.cuda.is_available():
-    BAD.append(("--device", "cuda"))
 
 
 @pytest.mark.parametrize("argv", BAD)
@@ -115,3 +123,22 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch, tmp_path, capsys):
     assert "WRONG, not timed: 1:4 grad-input of 40 to 40, batch 64: error 1.0e-01" in capsys.readouterr().out
     rows = [row for row in csv.DictReader(open(tmp_path / "results.csv")) if row["implementation"] == "N:M"]
     assert {row["product"] for row in rows} == {"forward", "grad-weight"}
+    monkeypatch.setattr(bench.Packed, "errors", lambda *_: {"forward": float("nan")})
+    flags = (
+        "--widths",
+        40,
+        "--batch-sizes",
+        1,
+        "--patterns",
+        "1:4",
+        "--repetitions",
+        1,
+        "--threads",
+        1,
+        "--out",
+        tmp_path,
+    )
+    assert (
+        run(monkeypatch, *flags) == 1
+        and "WRONG, not timed: 1:4 forward of 40 to 40, batch 1" in capsys.readouterr().out
+    )
