@@ -1,12 +1,14 @@
 """Where N:M pays on this machine, and where it does not: kernels, the actor at batch 1, masks, whole training runs.
 
   python nm_kernel_bench.py                  the three products of a layer by width and pattern, dense beside them
+  python nm_kernel_bench.py --device cuda    the same on an NVIDIA GPU, whose sparse tensor cores know 2:4
   python nm_kernel_bench.py --end-to-end     steps per second of the training scripts and of dense peers
 
 Every kernel is first compared with float64; one that is wrong is reported and not timed. All implementations of a layer
 are timed in turns, repeated; medians and quartiles. Useful GFLOP/s count the kept weights only, the share of peak is
-against the FMA peak that is measured first. A layer's N:M times include the conversion of its inputs and outputs, which
-a whole network pays at its ends only. Results: results.csv, results.json and figures in --out.
+against what is measured first: fused multiply-adds from registers on a CPU core, a product of 8192-wide matrices on a
+GPU. A layer's N:M times include the conversion of its inputs and outputs, which a whole network pays at its ends only.
+Results: results.csv, results.json, summary.md and figures in --out, and a Weights & Biases run.
 
 End to end, each configuration runs as a process of its own, all in turns. The scripts report charts/SPS and
 charts/update_ms in their metrics.csv; rows during warm-up and the first one after it don't count. stable-baselines3's
@@ -26,6 +28,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 import warnings
 from collections.abc import Callable
@@ -62,10 +65,13 @@ class Args:
     """observations at a time, each from 1 to 65536; 1 is acting"""
     patterns: tuple[str, ...] = ("2:4", "1:4", "1:8", "4:8", "2:8", "1:16")
     """N:M patterns, N < M <= 32768"""
-    dtypes: tuple[Literal["float32", "bfloat16"], ...] = ("float32", "bfloat16")
-    """of the dense products; N:M is float32"""
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    """float32, bfloat16 or both, of the dense products; N:M is float32 on a CPU, bfloat16 (where named) on a GPU"""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """of the products; end to end, cuda adds runs of the scripts on the GPU"""
     threads: tuple[int, ...] = (1, CORES)
-    """threads, each from 1 to the number of cores; end to end, the smallest: of a run, pinned to as many cores"""
+    """threads, each from 1 to the number of cores; end to end, a run has the smallest, or if so labelled the largest
+    of these numbers, and is pinned to as many cores"""
     repetitions: int = 5
     """timings of each function, or runs of each configuration, >= 1"""
     env_id: str = "Ant-v4"
@@ -76,10 +82,17 @@ class Args:
     steps: int = 3000
     """environment steps with updates in each run, >= 2000; the first 1000 are not counted (--end-to-end)"""
     out: str | None = None
-    """folder for results.csv, results.json and figures: results/kernels, or results/end_to_end, unless named"""
+    """folder for tables and figures: results/kernels, results/kernels_cuda or results/end_to_end, unless named"""
+    track: bool = True
+    """mirror tables and figures to Weights & Biases (offline when not logged in)"""
+    wandb_project_name: str = "nm-sparse-rl"
+    """W&B project"""
+    wandb_entity: str | None = None
+    """W&B user or team"""
 
     def __post_init__(self) -> None:
-        self.out = self.out or ("results/end_to_end" if self.end_to_end else "results/kernels")
+        kernels = "results/kernels" if self.device == "cpu" else "results/kernels_cuda"
+        self.out = self.out or ("results/end_to_end" if self.end_to_end else kernels)
 
 
 class UserError(Exception):
@@ -100,10 +113,14 @@ def check_args(args: Args) -> None:
         n, _, m = pattern.partition(":")
         if not (n.isdigit() and m.isdigit() and 1 <= int(n) < int(m) <= 32_768):
             raise UserError(f"--patterns takes N:M with 1 <= N < M <= 32768, not {pattern}")
+    if not args.dtypes or not {"float32", "bfloat16"}.issuperset(args.dtypes):
+        raise UserError(f"--dtypes takes float32 and bfloat16, not {' '.join(args.dtypes)}")
     if args.repetitions < 1 or args.steps < 2000:
         raise UserError("--repetitions must be at least 1, --steps at least 2000")
     if args.env_id not in gym.registry:
         raise UserError(f"unknown --env-id {args.env_id}")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here, use --device cpu")
 
 
 # --- shared: projection ---
@@ -161,6 +178,7 @@ class NMLinear(nn.Module):
 # --- Products of one layer on the CPU -----------------------------------------------------------------------------
 
 PRODUCTS = ("forward", "grad-input", "grad-weight")
+INTERVALS = (100, 1000, 10_000)  # K
 
 PEAK = r"""
 #if defined(__AVX512F__)
@@ -191,20 +209,26 @@ int operations(void) { return 2 * W * CHAINS; }
 """
 
 
-def measure_limits() -> dict[str, float]:
+def measure_limits() -> dict:
     """One core: peak of fused multiply-adds from registers, GFLOP/s, and read bandwidth from memory, GB/s."""
     library, rounds, memory = load_kernels(PEAK), 1_000_000, torch.ones(64 * 2**20)
     library.multiply_add.argtypes, library.read_all.argtypes = [ctypes.c_long], [ctypes.c_void_p, ctypes.c_long]
     peak = min(seconds(lambda: library.multiply_add(rounds), 1) for _ in range(9))
     read = min(seconds(lambda: library.read_all(memory.data_ptr(), memory.numel()), 1) for _ in range(5))
-    return {"peak_gflops": library.operations() * rounds / peak / 1e9, "read_gbs": 4 * memory.numel() / read / 1e9}
+    gflops = {"fp32": library.operations() * rounds / peak / 1e9}
+    return {"peak_gflops": gflops, "read_gbs": 4 * memory.numel() / read / 1e9}
 
 
 def seconds(function: Callable[[], object], loops: int) -> float:
-    """Mean time of a call."""
+    """Mean time of a call, until the GPU is done if one is in use."""
+    gpu = torch.cuda.is_initialized()
+    if gpu:
+        torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(loops):
         function()
+    if gpu:
+        torch.cuda.synchronize()
     return (time.perf_counter() - start) / loops
 
 
@@ -277,12 +301,16 @@ def numpy_products(W, bias, x, dy) -> dict[str, Callable]:
     return {"forward": lambda: x @ W.T + bias, "grad-input": lambda: dy @ W, "grad-weight": lambda: dy.T @ x}
 
 
-def layer_functions(inputs: int, outputs: int, batch: int, args: Args) -> tuple[dict, list[str]]:
-    """(implementation, pattern, product) -> callable, and complaints about kernels that are wrong."""
+def layer_tensors(inputs: int, outputs: int, batch: int) -> list[torch.Tensor]:
+    """W [out, in], bias [out], x [B, in], dy [B, out], float32."""
     generator = torch.Generator().manual_seed(0)
-    W, bias, x, dy = (
-        torch.randn(s, generator=generator) for s in ((outputs, inputs), outputs, (batch, inputs), (batch, outputs))
-    )
+    sizes = (outputs, inputs), (outputs,), (batch, inputs), (batch, outputs)
+    return [torch.randn(size, generator=generator) for size in sizes]
+
+
+def layer_functions(inputs: int, outputs: int, batch: int, args: Args) -> tuple[dict, list[str], list[str]]:
+    """(implementation, pattern, product) -> callable, kernels that are wrong, and what is not supported."""
+    W, bias, x, dy = layer_tensors(inputs, outputs, batch)
     found, wrong = {}, []
 
     def add(implementation: str, pattern: str, products: dict[str, Callable]) -> None:
@@ -304,7 +332,7 @@ def layer_functions(inputs: int, outputs: int, batch: int, args: Args) -> tuple[
         wrong += [f"{pattern} {name} of {inputs} to {outputs}, batch {batch}: error {bad[name]:.1e}" for name in bad]
         add("N:M", pattern, {name: packed.products[name] for name in packed.products if name not in bad})
         add("torch CSR", pattern, csr_products(packed, x, dy))
-    return found, wrong
+    return found, wrong, []
 
 
 def time_in_turns(functions: dict, repetitions: int) -> dict[tuple, list[float]]:
@@ -317,22 +345,40 @@ def time_in_turns(functions: dict, repetitions: int) -> dict[tuple, list[float]]
     for _ in range(repetitions):
         for key, function in functions.items():
             time.sleep(0.002)  # waiting threads of the one before give up their cores
+            set_precision(key[0])
             function()
             times[key].append(seconds(function, loops[key]))
     return times
 
 
-def measure_layers(args: Args, limits: dict, threads: int, bar: tqdm) -> tuple[list[dict], list[str]]:
-    """Rows of results for every layer and batch size, and complaints about kernels that are wrong."""
-    torch.set_num_threads(threads)
-    load_kernels().nm_threads(threads)
-    threadpoolctl.threadpool_limits(threads, user_api="blas")  # numpy's
-    rows, wrong = [], []
+def precision(implementation: str) -> str:
+    return next((kind for kind in ("bf16", "TF32") if kind in implementation), "fp32")
+
+
+def set_precision(implementation: str) -> None:
+    torch.backends.cuda.matmul.fp32_precision = "tf32" if precision(implementation) == "TF32" else "ieee"
+
+
+# What a time is divided by: the fastest of these, in a CUDA graph if the time is.
+BASES = {"x_torch_fp32": ("dense torch", "dense fp32"), "x_best_fp32": ("dense torch", "dense numpy"),
+         "x_tf32": ("dense TF32",), "x_bf16": ("dense bf16",)}  # fmt: skip
+
+
+def measure_layers(args: Args, content: dict, threads: int, bar: tqdm) -> None:
+    """Add rows of results for every layer and batch size to `content`, and what is wrong or not supported."""
+    peaks, rows, make_functions = content["conditions"]["peak_gflops"], [], layer_functions
+    if args.device == "cuda":
+        make_functions = gpu_functions
+    else:
+        torch.set_num_threads(threads)
+        load_kernels().nm_threads(threads)
+        threadpoolctl.threadpool_limits(threads, user_api="blas")  # numpy's
     layers = [(113, 256), *((width, width) for width in args.widths)]  # the first: a critic's on Ant-v5
     for (inputs, outputs), batch in itertools.product(layers, args.batch_sizes):
-        functions, complaints = layer_functions(inputs, outputs, batch, args)
-        wrong += complaints
-        times = time_in_turns(functions, args.repetitions)
+        functions, wrong, unsupported = make_functions(inputs, outputs, batch, args)
+        content["wrong"] += wrong
+        content["unsupported"] += unsupported
+        times, rows = time_in_turns(functions, args.repetitions), []
         for implementation, pattern in dict.fromkeys(key[:2] for key in functions):
             own = {
                 product: times[implementation, pattern, product]
@@ -343,24 +389,28 @@ def measure_layers(args: Args, limits: dict, threads: int, bar: tqdm) -> tuple[l
                 own["all three"] = [sum(values) for values in zip(*own.values(), strict=True)]
             n, m = map(int, pattern.split(":")) if pattern else (1, 1)
             kept = outputs * (n * (inputs // m) + min(n, inputs % m))
+            calls = GRAPH_CALLS if implementation.endswith(", graph") else 1
+            peak = peaks.get(precision(implementation), math.nan) * threads
             for product, values in own.items():
-                low, middle, high = np.percentile(values, [25, 50, 75])
-                work = 2 * batch * kept * (3 if product == "all three" else 1)
+                low, middle, high = np.percentile(values, [25, 50, 75]) / calls
+                gflops = 2 * batch * kept * (3 if product == "all three" else 1) / middle / 1e9
                 row = {"inputs": inputs, "outputs": outputs, "batch": batch, "threads": threads, "product": product}
-                row |= {"implementation": implementation, "pattern": pattern, "us": middle * 1e6, "us_q1": low * 1e6}
-                row |= {"us_q3": high * 1e6, "gflops": work / middle / 1e9}
-                rows.append(row | {"share_of_peak": row["gflops"] / limits["peak_gflops"] / threads})
+                row |= {"implementation": implementation, "pattern": pattern}
+                numbers = {"us": middle * 1e6, "us_q1": low * 1e6, "us_q3": high * 1e6, "gflops": gflops}
+                rows.append(row | shorten(numbers | {"share_of_peak": gflops / peak}))
+        dense = {(row["implementation"], row["product"]): row["us"] for row in rows if not row["pattern"]}
+        for row in rows:
+            mode = "".join(row["implementation"].partition(",")[1:])
+            for name, bases in BASES.items():
+                found = [dense[base + mode, row["product"]] for base in bases if (base + mode, row["product"]) in dense]
+                row |= shorten({name: min(found, default=math.nan) / row["us"]})
+        content["layers"] += rows
         bar.update()
-    dense = {}
-    for row in rows:
-        if row["implementation"] in ("dense torch", "dense numpy"):
-            place = (row["inputs"], row["batch"], row["product"])
-            dense.setdefault(place, {})[row["implementation"]] = row["us"]
-    for row in rows:
-        found = dense.get((row["inputs"], row["batch"], row["product"]), {})
-        row["x_torch_fp32"] = found.get("dense torch", np.nan) / row["us"]
-        row["x_best_fp32"] = min(found.values(), default=np.nan) / row["us"]
-    return rows, wrong
+
+
+def shorten(numbers: dict[str, float]) -> dict[str, float | None]:
+    """Four digits each; None for what is not a number."""
+    return {key: float(f"{value:.4g}") if math.isfinite(value) else None for key, value in numbers.items()}
 
 
 def measure_actor(args: Args) -> list[dict]:
@@ -420,38 +470,160 @@ def measure_masks(args: Args, layers: list[dict]) -> list[dict]:
             for call in (lambda net=net, n=n, m=m: project(net.fc1.W, n, m), lambda net=net: Plan([net]))
         )
         row = {"width": width, "pattern": pattern, "project_us": project_us, "index_us": index_us}
-        for interval in (100, 1000, 10_000):
+        for interval in INTERVALS:
             row[f"share_at_K_{interval}"] = (project_us + index_us) / (interval * trained[width, pattern])
         rows.append(row)
     return rows
 
 
-def print_layers(rows: list[dict]) -> None:
-    """A table for each layer: microseconds (times as fast as torch's dense fp32, as the best dense fp32)."""
+# --- Products of one layer on a GPU -------------------------------------------------------------------------------
+
+GRAPH_CALLS = 20  # in one CUDA graph
+
+
+def gpu_limits() -> dict:
+    """GFLOP/s of dense products of 8192-wide matrices in each precision; GB/s of a copy, read and written."""
+    peaks, memory = {}, torch.ones(2**28, device="cuda")
+    for name, kind in (("fp32", torch.float32), ("TF32", torch.float32), ("bf16", torch.bfloat16)):
+        W = torch.randn(8192, 8192, device="cuda").to(kind)
+        set_precision(name)
+        W @ W
+        peaks[name] = 2 * 8192**3 / min(seconds(lambda W=W: W @ W, 3) for _ in range(3)) / 1e9
+    copy = min(seconds(lambda: memory.clone(), 3) for _ in range(3))
+    return {"peak_gflops": peaks, "read_gbs": 2 * 4 * memory.numel() / copy / 1e9}
+
+
+def graphed(implementation: str, function: Callable[[], object]) -> Callable[[], None]:
+    """GRAPH_CALLS calls in one CUDA graph: what the GPU does, without Python and launches."""
+    set_precision(implementation)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    with torch.cuda.stream(stream):  # what is done once only, such as choosing a kernel, may not be captured
+        for _ in range(3):
+            function()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph):
+        for _ in range(GRAPH_CALLS):
+            function()
+    return graph.replay
+
+
+def sparse_products(W, bias, x, dy) -> dict[str, Callable]:
+    """Products with W on sparse tensor cores through cuSPARSELt; CUTLASS's refuse Hopper."""
+    sparse = torch.sparse.SparseSemiStructuredTensorCUSPARSELT.from_dense(W)
+    return {"forward": lambda: F.linear(x, sparse, bias), "grad-input": lambda: torch.mm(dy, sparse)}
+
+
+def gpu_functions(inputs: int, outputs: int, batch: int, args: Args, device: str = "cuda"):
+    """layer_functions for a GPU, each callable also in a CUDA graph. A 1:4 or 1:8 mask is a legal 2:4 mask."""
+    tensors = [tensor.to(device) for tensor in layer_tensors(inputs, outputs, batch)]
+    found, wrong, unsupported = {}, [], []
+    wanted = PRODUCTS if batch > 1 else ("forward",)
+
+    def add(implementation: str, pattern: str, products: dict[str, Callable], exact: dict | None = None) -> None:
+        for product in wanted:
+            name = f"{implementation} {pattern} {product}"
+            if product not in products:
+                unsupported.append(f"{name}: no such product in the library")
+                continue
+            try:
+                y = products[product]()
+                error = float((y - exact[product]).abs().max() / exact[product].abs().max()) if exact else 0
+                if not error <= 0.01:  # bfloat16 has 8 bits
+                    wrong.append(f"{name} of {inputs} to {outputs}, batch {batch}: error {error:.1e}")
+                    continue
+                replay = graphed(implementation, products[product])
+            except (RuntimeError, NotImplementedError, ValueError) as error:
+                unsupported.append(f"{name}: {first_line(error)}")
+                continue
+            found[implementation, pattern, product] = products[product]
+            found[f"{implementation}, graph", pattern, product] = replay
+
+    if "float32" in args.dtypes:
+        for name in ("dense fp32", "dense again", "dense TF32"):
+            add(name, "", dense_products(*tensors))
+    if "bfloat16" not in args.dtypes:
+        return found, wrong, unsupported
+    W, bias, x, dy = (tensor.bfloat16() for tensor in tensors)
+    add("dense bf16", "", dense_products(W, bias, x, dy))
+    for pattern in args.patterns:
+        n, m = map(int, pattern.split(":"))
+        kept = project(W, n, m)
+        masked = W * kept
+        if (kept & ~project(masked, 2, 4)).any():
+            unsupported.append(f"sparse bf16 {pattern}: not 2:4, which keeps at most two of four weights")
+            continue
+        exact = {"forward": x.double() @ masked.double().T + bias.double(), "grad-input": dy.double() @ masked.double()}
+        try:
+            products = sparse_products(masked, bias, x, dy)
+        except (RuntimeError, NotImplementedError, ValueError) as error:
+            unsupported.append(f"sparse bf16 {pattern}: {first_line(error)}")
+            continue
+        add("sparse bf16", pattern, products, exact)
+    return found, wrong, unsupported
+
+
+# --- Report -------------------------------------------------------------------------------------------------------
+
+
+def print_layers(rows: list[dict], device: str) -> None:
+    """A table for each layer, 100 columns wide."""
+    best = "best: the faster of torch's and numpy's dense fp32" if device == "cpu" else "TF32: torch's dense TF32"
+    print(f"x: times as fast as torch's dense fp32; {best}; bf16: torch's dense bf16.")
+    print("GFLOP/s: of the weights kept; peak: share of the limit above in the same precision.")
+    others = ("x_best_fp32", "x_bf16") if device == "cpu" else ("x_tf32", "x_bf16")
     places = itertools.groupby(rows, key=lambda row: (row["inputs"], row["outputs"], row["batch"], row["threads"]))
     for (inputs, outputs, batch, threads), group in places:
         group = list(group)
         products = list(dict.fromkeys(row["product"] for row in group))
-        print(
-            f"\n{inputs} inputs, {outputs} outputs, batch {batch}, {threads} thread{'s' * (threads > 1)}: microseconds"
-        )
-        print(f"{'':15}" + "".join(f"{product:>19}" for product in products) + "  peak")
-        lines = itertools.groupby(group, key=lambda row: f"{row['implementation']} {row['pattern']}".strip())
-        for name, cells in lines:
+        cores = f", {threads} thread{'s' * (threads > 1)}" if device == "cpu" else ""
+        print(f"\n{inputs} inputs, {outputs} outputs, batch {batch}{cores}: microseconds")
+        last = "  best  bf16" if device == "cpu" else "  TF32  bf16"
+        print(f"{'':22}" + "".join(f"{product:>13}" for product in products) + f"{last} GFLOP/s  peak")
+        lines = itertools.groupby(group, key=lambda row: (row["implementation"], row["pattern"]))
+        for (implementation, pattern), cells in lines:
             cells = {row["product"]: row for row in cells}
-            line = f"{name[:15]:15}"
+            name, comma, mode = implementation.partition(",")
+            line = f"{f'{name} {pattern}'.strip() + comma + mode:22}"
             for row in map(cells.get, products):
-                line += (
-                    f"{row['us']:>7,.0f}{row['x_torch_fp32']:>5.1f}x{row['x_best_fp32']:>5.1f}x" if row else " " * 19
-                )
-            last = cells.get(products[-1])
-            print(line + (f"{last['share_of_peak']:6.0%}" if last else ""))
+                line += f"{row['us']:>7,.0f}{factor(row['x_torch_fp32'])}" if row else " " * 13
+            if row := cells.get(products[-1]):
+                share = "" if row["share_of_peak"] is None else f"{row['share_of_peak']:.0%}"
+                line += f"{factor(row[others[0]])}{factor(row[others[1]])}{row['gflops']:8,.0f}{share:>6}"
+            print(line.rstrip())
+
+
+def factor(ratio: float | None) -> str:
+    return " " * 6 if ratio is None else f"{ratio:5.1f}x" if ratio >= 0.1 else f"{ratio:5.2f}x"
+
+
+def break_even(rows: list[dict], base: str) -> dict[tuple[int, int], dict[str, int | None]]:
+    """(batch, threads) -> pattern -> width from which on N:M layers are faster than `base`, None: nowhere."""
+    found, lost = {}, set()
+    square = [row for row in rows if row["implementation"] in ("N:M", "sparse bf16, graph") and row[base]
+              and row["inputs"] == row["outputs"] and row["product"] == main_product(row)]  # fmt: skip
+    for row in sorted(square, key=lambda row: -row["inputs"]):  # from the widest down, until one is slower
+        key, pattern = (row["batch"], row["threads"]), row["pattern"]
+        found.setdefault(key, {}).setdefault(pattern, None)
+        if row[base] <= 1:
+            lost.add((key, pattern))
+        elif (key, pattern) not in lost:
+            found[key][pattern] = row["inputs"]
+    return found
+
+
+def main_product(row: dict) -> str:
+    """Acting needs the forward product alone; the sparse tensor cores have no other for a row-wise mask."""
+    return "forward" if row["batch"] == 1 or row["implementation"].startswith("sparse") else "all three"
 
 
 def draw_speedup(rows: list[dict], args: Args, threads: int) -> Figure | None:
-    """Speed-up over torch's dense fp32 against width, a line for each pattern with its ideal M/N; batch > 1."""
-    batch = max(args.batch_sizes)
-    wanted = [row for row in rows if row["implementation"] == "N:M" and row["inputs"] == row["outputs"]
+    """Speed-up over dense against width at the largest batch, a line for each pattern with its ideal M/N.
+
+    On a CPU over torch's fp32; on a GPU in CUDA graphs over torch's bf16, where 2:4's is the ideal of all.
+    """
+    batch, gpu = max(args.batch_sizes), args.device == "cuda"
+    implementation, base = ("sparse bf16, graph", "x_bf16") if gpu else ("N:M", "x_torch_fp32")
+    wanted = [row for row in rows if row["implementation"] == implementation and row["inputs"] == row["outputs"]
               and row["batch"] == batch and row["threads"] == threads]  # fmt: skip
     products = [product for product in (*PRODUCTS, "all three") if any(row["product"] == product for row in wanted)]
     if not wanted:
@@ -461,13 +633,13 @@ def draw_speedup(rows: list[dict], args: Args, threads: int) -> Figure | None:
     for ax, product in zip(axes, products, strict=False):
         for pattern in args.patterns:
             line = [row for row in wanted if row["product"] == product and row["pattern"] == pattern]
-            points = [(row["inputs"], row["x_torch_fp32"]) for row in line]
+            points = [(row["inputs"], row[base]) for row in line if row[base]]
             if points:
                 color = COLORS.get(pattern, "#7f7f7f")
                 n, m = map(int, pattern.split(":"))
                 ax.plot(*zip(*points, strict=True), color=color, marker="o", markersize=3, linewidth=1.2, label=pattern)
-                ax.axhline(m / n, color=color, linestyle=":", linewidth=0.8)
-        ax.axhline(1, color="black", linewidth=0.8, label="break-even (dense torch fp32)")
+                ax.axhline(min(m / n, 2) if gpu else m / n, color=color, linestyle=":", linewidth=0.8)
+        ax.axhline(1, color="black", linewidth=0.8, label=f"break-even (dense {NAMES[base]})")
         ax.set_xscale("log", base=2)
         ax.set_yscale("log", base=2)
         ax.set_xticks(args.widths, [str(width) for width in args.widths])
@@ -478,9 +650,9 @@ def draw_speedup(rows: list[dict], args: Args, threads: int) -> Figure | None:
         ax.label_outer()
         ax.tick_params(labelsize=8)
         ax.grid(alpha=0.3, linewidth=0.5)
-    figure.suptitle(
-        f"N:M against dense, batch {batch}, {threads} thread{'s' * (threads > 1)}; dotted: ideal M/N", fontsize=10
-    )
+    where = "on the GPU, in CUDA graphs" if gpu else f"{threads} thread{'s' * (threads > 1)}"
+    ideal = "M/N, at most 2" if gpu else "M/N"
+    figure.suptitle(f"N:M against dense, batch {batch}, {where}; dotted: ideal {ideal}", fontsize=10)
     handles, labels = figure.axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     return figure
@@ -488,34 +660,45 @@ def draw_speedup(rows: list[dict], args: Args, threads: int) -> Figure | None:
 
 def benchmark_kernels(args: Args) -> int:
     """Measure, print and write everything but whole training runs. Ctrl-C keeps what is measured."""
-    out = make_folder(args.out)
+    out, gpu = make_folder(args.out), args.device == "cuda"
     try:
-        limits = measure_limits()
+        limits = gpu_limits() if gpu else measure_limits()
     except OSError as error:
-        raise UserError(f"the N:M kernels need a C compiler: {str(error).splitlines()[0]}") from None
-    peak, read = limits["peak_gflops"], limits["read_gbs"]
-    print(f"{cpu_name()}; one core: {peak:.0f} GFLOP/s of fp32 multiply-adds, {read:.1f} GB/s read from memory")
-    print(f"torch {torch.__version__}, {torch.backends.cpu.get_cpu_capability()}. In brackets: times as fast as")
-    print("torch dense fp32, as the best dense fp32; of peak: useful operations against those multiply-adds")
+        raise UserError(f"the N:M kernels need a C compiler: {first_line(error)}") from None
     content = {"conditions": conditions(args) | limits, "layers": [], "actor": [], "masks": [], "wrong": []}
-    code, count = 0, len(set(args.threads)) * (1 + len(args.widths)) * len(args.batch_sizes)
+    content["unsupported"] = []
+    print("\n".join(textwrap.wrap(describe(content["conditions"]), 100)))
+    threads = (1,) if gpu else dict.fromkeys(args.threads)
+    code, count = 0, len(threads) * (1 + len(args.widths)) * len(args.batch_sizes)
     with tqdm(total=count, unit="layer", disable=not sys.stderr.isatty()) as bar:
         try:
-            for threads in dict.fromkeys(args.threads):
-                rows, wrong = measure_layers(args, limits, threads, bar)
-                content["layers"] += rows
-                content["wrong"] += wrong
-            content["actor"] = measure_actor(args)
-            content["masks"] = measure_masks(args, content["layers"])
+            for number in threads:
+                measure_layers(args, content, number, bar)
+            if not gpu:
+                content["actor"] = measure_actor(args)
+                content["masks"] = measure_masks(args, content["layers"])
         except KeyboardInterrupt:
             code = 130
+    noise = [abs(math.log(row["x_torch_fp32"])) for row in content["layers"] if row["implementation"] == "dense again"]
+    if noise:
+        content["noise"] = {"median": statistics.median(noise), "worst": max(noise)}
     report_kernels(args, content, out)
     return 1 if content["wrong"] else code
 
 
+def describe(conditions: dict) -> str:
+    """Machine, limits, versions and date in one sentence."""
+    peaks = ", ".join(f"{peak:,.0f} GFLOP/s {kind}" for kind, peak in conditions["peak_gflops"].items())
+    versions = ", ".join(f"{name} {number}" for name, number in conditions["versions"].items() if number)
+    cpu = f"one of {conditions['cores']} cores of {conditions['cpu']} ({conditions['capability']})"
+    machine = f"{conditions['gpu'] or cpu}: {peaks}, {conditions['read_gbs']:.0f} GB/s"
+    return f"{machine}; {versions}; {conditions['date']}, commit {conditions['commit']}"
+
+
 def report_kernels(args: Args, content: dict, out: Path) -> None:
+    """Print everything; write results.json, results.csv, summary.md, figures and a W&B run."""
     rows = content["layers"]
-    print_layers(rows)
+    print_layers(rows, args.device)
     if content["actor"]:
         print("\nThe actor at batch 1 (105-256-256-8, head dense), one thread, whole call from Python: microseconds")
         for row in content["actor"]:
@@ -524,29 +707,92 @@ def report_kernels(args: Args, content: dict, out: Path) -> None:
     if content["masks"]:
         print("\nA new mask of a square layer, and its share of that layer's training (three products) at several K")
         for row in content["masks"]:
-            shares = "  ".join(f"K {k:,}: {row[f'share_at_K_{k}']:6.2%}" for k in (100, 1000, 10_000))
+            shares = "  ".join(f"K {k:,}: {row[f'share_at_K_{k}']:6.2%}" for k in INTERVALS)
             costs = f"project {row['project_us']:9,.0f} us  index {row['index_us']:8,.0f} us"
             print(f"{row['width']:5} {row['pattern']:5} {costs}  {shares}")
-    noise = [abs(math.log(row["x_torch_fp32"])) for row in rows if row["implementation"] == "dense again"]
-    if noise:
-        middle, worst = statistics.median(noise), max(noise)
-        content["noise"] = {"median": middle, "worst": worst}
-        print(f"\nnoise: dense against itself differs by {middle:.1%} (median), {worst:.1%} (worst)")
-        if middle > 0.1:
+    print("\nN:M pays from this width on (batch 1: forward; -: not up to the widest)")
+    for base in BASES:
+        for (batch, threads), widths in break_even(rows, base).items():
+            found = "  ".join(f"{pattern} {width or '-'}" for pattern, width in widths.items())
+            print(f"{'against dense ' + NAMES[base]:26} batch {batch:<5} threads {threads:<3} {found}")
+    if "noise" in content:
+        noise = content["noise"]
+        print(f"\nnoise: dense against itself differs by {noise['median']:.1%} (median), {noise['worst']:.1%} (worst)")
+        if noise["median"] > 0.1:
             print("warning: too noisy to conclude from differences of less than 20 %; run again on an idle machine")
-    for complaint in content["wrong"]:
-        print(f"WRONG, not timed: {complaint}")
-    (out / "results.json").write_text(json.dumps(content, indent=1) + "\n")
+    for title, complaints in (("WRONG, not timed", content["wrong"]), ("not supported", content["unsupported"])):
+        for complaint in dict.fromkeys(complaints):
+            print(f"{title}: {complaint}")
     if rows:
         with open(out / "results.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, rows[0])
             writer.writeheader()
             writer.writerows(rows)
-    for threads in dict.fromkeys(args.threads):
+    figures = {}
+    for threads in dict.fromkeys(row["threads"] for row in rows):
         if figure := draw_speedup(rows, args, threads):
-            for kind in ("png", "svg"):
-                figure.savefig(out / f"speedup_{threads}_threads.{kind}", dpi=200)
-    print(f"written: results.json, results.csv and figures in {out}")
+            figures[f"speedup_{threads}_threads" if args.device == "cpu" else "speedup"] = figure
+    tables = {name: content[name] for name in ("layers", "actor", "masks")}
+    write_report(args, content, out, summarize_kernels(content), figures, tables)
+
+
+NAMES = {"x_torch_fp32": "torch fp32", "x_best_fp32": "best fp32", "x_tf32": "TF32", "x_bf16": "bf16"}
+
+
+def summarize_kernels(content: dict) -> str:
+    """The hardware section of the README, from results.json alone."""
+    rows, conditions = content["layers"], content["conditions"]
+    cpu = conditions["gpu"] is None
+    bases = ("x_best_fp32", "x_bf16") if cpu else ("x_torch_fp32", "x_tf32", "x_bf16")
+    bases = [base for base in bases if any(row[base] for row in rows)]
+    patterns = list(dict.fromkeys(row["pattern"] for row in rows if row["pattern"]))
+    lines = [f"{describe(conditions)}.", ""]
+    if "noise" in content:
+        lines += [f"Dense against itself differed by {content['noise']['median']:.1%} (median), "
+                  f"{content['noise']['worst']:.1%} (worst).", ""]  # fmt: skip
+    if "float32" in conditions["args"]["dtypes"]:
+        versus = " / ".join(f"dense {NAMES[base]}" for base in bases)
+        lines += [f"Times as fast as {versus}: all three products of a layer (batch 1: forward).", ""]
+    lines.append(f"| layer | batch | {'threads | ' * cpu}{' | '.join(patterns)} |")
+    lines.append("| --- " * (2 + cpu + len(patterns)) + "|")
+    wanted = [row for row in rows if row["implementation"] in ("N:M", "sparse bf16, graph")]
+    cells = {(row["inputs"], row["outputs"], row["batch"], row["threads"], row["pattern"]): row
+             for row in wanted if row["product"] == main_product(row)}  # fmt: skip
+    for threads, batch, (inputs, outputs) in sorted(dict.fromkeys((c[3], -c[2], c[:2]) for c in cells)):
+        found = [cells.get((inputs, outputs, -batch, threads, pattern)) for pattern in patterns]
+        text = [" / ".join(factor(row[base]).strip(" x") for base in bases) if row else "" for row in found]
+        number = f"{threads} | " if cpu else ""
+        lines.append(f"| {inputs} to {outputs} | {-batch} | {number}{' | '.join(text)} |")
+    lines += ["", "Faster at this width and all larger ones:", ""]
+    for base in bases:
+        for (batch, threads), widths in break_even(rows, base).items():
+            found = ", ".join(f"{p} {f'from {width}' if width else 'nowhere'}" for p, width in widths.items())
+            number = f", {threads} thread{'s' * (threads > 1)}" if cpu else ""
+            lines.append(f"- than dense {NAMES[base]}, batch {batch}{number}: {found}")
+    if content["actor"]:
+        lines += ["", "The actor of Ant (105-256-256-8) at batch 1, one thread, called from Python:", ""]
+        lines += ["| | p50 | p99 | size |", "| --- | --- | --- | --- |"]
+        for row in content["actor"]:
+            name, size = f"{row['implementation']} {row['pattern']}".strip(), f"{row['bytes'] / 1024:.0f} KiB"
+            lines.append(f"| {name} | {row['p50_us']:.1f} us | {row['p99_us']:.1f} us | {size} |")
+    if masks := [row for row in content["masks"] if row["width"] == 256]:
+        lines += ["", "A new mask of a 256 to 256 layer, and its share of that layer's training at K:", ""]
+        lines += [f"| | project | index | {' | '.join(f'K = {k:,}' for k in INTERVALS)} |", "| --- " * 6 + "|"]
+        for row in masks:
+            shares = " | ".join(f"{row[f'share_at_K_{k}']:.2%}" for k in INTERVALS)
+            lines.append(f"| {row['pattern']} | {row['project_us']:,.0f} us | {row['index_us']:,.0f} us | {shares} |")
+    return "\n".join(lines) + "\n"
+
+
+def write_report(args: Args, content: dict, out: Path, summary: str, figures: dict, tables: dict) -> None:
+    (out / "results.json").write_text(json.dumps(content, indent=1) + "\n")
+    (out / "summary.md").write_text(summary)
+    for name, figure in figures.items():
+        for kind in ("png", "svg"):
+            figure.savefig(out / f"{name}.{kind}", dpi=200)
+    if args.track:
+        log_wandb(args, "benchmark", out, tables, [out / f"{name}.png" for name in figures])
+    print(f"written: results.json, summary.md{', results.csv' * ('layers' in tables)} and figures in {out}")
 
 
 # --- Whole training runs ------------------------------------------------------------------------------------------
@@ -584,34 +830,45 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
-def configurations(args: Args, threads: int) -> dict[str, tuple[list[str], int, int]]:
+def configurations(args: Args) -> dict[str, tuple[list[str], int, int]]:
     """Label -> (command, threads of a run, runs at once). Of 256 units 0.336 have as many weights as 1:8 keeps."""
     common = [
         f"--env-id={args.env_id}", f"--total-timesteps={1000 + args.steps}", "--learning-starts=1000", "--no-track",
         "--eval-interval=1000000000", "--eval-episodes=1", "--buffer-size=100000",
     ]  # fmt: skip
-    width = f"--hidden-dim={args.hidden_dims[0]}"
-    rnm, dense = ([str(HERE / f"{name}_td3_continuous.py"), *common] for name in ("rnm", "dense"))
-    narrow = round(args.hidden_dims[0] * 0.336)
-    found = {"dense": ([*dense, width], threads, 1)}
+    few, most, hidden = min(args.threads), max(args.threads), args.hidden_dims[0]
+    scripts = {name: [str(HERE / f"{name}_td3_continuous.py"), *common] for name in ("rnm", "dense")}
+
+    def train(pattern: str, hidden: int = hidden, *extra: str) -> list[str]:
+        n, _, m = pattern.partition(":")
+        script = [*scripts["rnm"], f"--n={n}", f"--m={m}"] if n else scripts["dense"]
+        return [*script, f"--hidden-dim={hidden}", *extra]
+
+    patterns = {"dense": "", "2:4": "2:4", "1:4": "1:4", "1:8": "1:8"}
+    found = {label: (train(pattern), few, 1) for label, pattern in patterns.items()}
+    found["1:8, --kernel torch"] = (train("1:8", hidden, "--kernel=torch"), few, 1)
     if torch.backends.cpu.get_cpu_capability() == "AVX512" or platform.machine() != "x86_64":
-        found["dense, bf16 autocast"] = (["-c", BF16, *dense, width], threads, 1)
-    found[f"dense, width {narrow}"] = ([*dense, f"--hidden-dim={narrow}"], threads, 1)
-    for n, m in ((2, 4), (1, 4), (1, 8)):
-        found[f"{n}:{m}"] = ([*rnm, width, f"--n={n}", f"--m={m}"], threads, 1)
-    sparse = [*rnm, width, "--n=1", "--m=8"]
-    found["1:8, --kernel torch"] = ([*sparse, "--kernel=torch"], threads, 1)
-    for label, name, module in (("SB3", "sb3", "stable_baselines3"), ("SBX (JAX)", "sbx", "sbx")):
-        if importlib.util.find_spec(module):
-            numbers = map(str, (args.hidden_dims[0], args.steps, threads))
-            found[label] = (["-c", PEER, name, args.env_id, *numbers], threads, 1)
-    if CORES >= 2 * threads:
-        found[f"1:8, {2 * threads} threads"] = (sparse, 2 * threads, 1)
-        found["1:8, two runs at once"] = (sparse, threads, 2)
-    for hidden in args.hidden_dims[1:]:
-        found[f"dense, hidden {hidden}"] = ([*dense, f"--hidden-dim={hidden}"], threads, 1)
-        for n, m in ((2, 4), (1, 4), (1, 8)):
-            found[f"{n}:{m}, hidden {hidden}"] = ([*rnm, f"--hidden-dim={hidden}", f"--n={n}", f"--m={m}"], threads, 1)
+        found["dense, bf16 autocast"] = (["-c", BF16, *train("")], few, 1)
+    narrow = round(hidden * 0.336)
+    found[f"dense, width {narrow}"] = (train("", narrow), few, 1)
+    peers = {"SB3": ("sb3", "stable_baselines3"), "SBX (JAX)": ("sbx", "sbx")}
+    peers = {label: name for label, (name, module) in peers.items() if importlib.util.find_spec(module)}
+    for label, name in peers.items():
+        found[label] = (["-c", PEER, name, args.env_id, str(hidden), str(args.steps), str(few)], few, 1)
+    if most > few:
+        for label, name in peers.items():
+            peer = ["-c", PEER, name, args.env_id, str(hidden), str(args.steps), str(most)]
+            found[f"{label}, {most} threads"] = (peer, most, 1)
+        for label in ("dense", "1:8"):
+            found[f"{label}, {most} threads"] = (train(patterns[label]), most, 1)
+    if CORES >= 2 * few:
+        found["1:8, two runs at once"] = (train("1:8"), few, 2)
+    for wide in args.hidden_dims[1:]:
+        for label, pattern in patterns.items():
+            found[f"{label}, hidden {wide}"] = (train(pattern, wide), few, 1)
+    if args.device == "cuda":
+        for label, pattern in patterns.items():
+            found[f"{label}, GPU"] = (train(pattern, hidden, "--device=cuda"), few, 1)
     return found
 
 
@@ -659,8 +916,7 @@ def run_once(command: list[str], threads: int, copies: int) -> tuple[float, floa
 
 def benchmark_training(args: Args) -> int:
     """Time the training scripts and their peers, in turns. A failure or Ctrl-C keeps what is measured."""
-    out, threads = make_folder(args.out), min(args.threads)
-    commands = configurations(args, threads)
+    out, commands = make_folder(args.out), configurations(args)
     results = {label: [] for label in commands}
     bar, code = tqdm(total=args.repetitions * len(commands), unit="run", disable=not sys.stderr.isatty()), 0
     try:
@@ -676,39 +932,58 @@ def benchmark_training(args: Args) -> int:
     bar.close()
     results = {label: runs for label, runs in results.items() if runs}
     if results:
-        report_training(args, threads, results, out)
+        report_training(args, results, out)
     return code
 
 
-def report_training(args: Args, threads: int, results: dict[str, list[tuple]], out: Path) -> None:
-    """Print medians, ranges and ratios; write results.json with all conditions."""
-    rates = {label: [rate for rate, *_ in runs] for label, runs in results.items()}
-    median = {label: statistics.median(values) for label, values in rates.items()}
-    print(f"{args.env_id}, hidden {args.hidden_dims[0]}, batch 256, {threads} thread(s), {cpu_name()}")
-    print(f"medians and ranges of {min(map(len, rates.values()))} runs each, in turns")
+def report_training(args: Args, results: dict[str, list[tuple]], out: Path) -> None:
+    """Print medians, ranges and ratios; write results.json, summary.md, a figure and a W&B run."""
+    content = {"conditions": conditions(args), "rate_update_ms_peak_mib": results}
+    table = tabulate_training(content)
+    print(f"{args.env_id}, hidden {args.hidden_dims[0]}, batch 256, {min(args.threads)} thread(s), {cpu_name()}")
+    print(f"medians and ranges of {min(map(len, results.values()))} runs each, in turns")
+    for row in table:
+        print(f"{row[0]:26}" + "".join(f"{cell:>10}" for cell in row[1:]))
+    figures = {"end_to_end": draw_training(args, {label: [run[0] for run in runs] for label, runs in results.items()})}
+    tables = {"training": [dict(zip(table[0], row, strict=True)) for row in table[1:]]}
+    write_report(args, content, out, summarize_training(content), figures, tables)
+
+
+def tabulate_training(content: dict) -> list[list[str]]:
+    """Header and rows of text, one for each configuration; ratios are of medians."""
+    results = content["rate_update_ms_peak_mib"]
+    median = {label: statistics.median(rate for rate, *_ in runs) for label, runs in results.items()}
     others = [label for label in ("dense", "SB3", "SBX (JAX)") if label in median]
-    header = ["", "steps/s", "range", "ms/update", "peak MiB", *(f"x {label}" for label in others)]
-    table = [header]
-    for label, values in rates.items():
-        update = [ms for _, ms, _ in results[label] if ms is not None]
-        memory = statistics.median(mib for *_, mib in results[label])
-        hidden = label.partition(", hidden ")[2]  # further widths: against dense of the same width
-        twins = [f"dense, hidden {hidden}" if other == "dense" else "" for other in others] if hidden else others
+    table = [["", "steps/s", "range", "ms/update", "MiB", *(f"x {label}" for label in others)]]
+    for label, runs in results.items():
+        rates, update = [rate for rate, *_ in runs], [ms for _, ms, _ in runs if ms is not None]
+        memory = statistics.median(mib for *_, mib in runs)
+        wide = label.partition(", hidden ")[2]  # further widths: against dense of the same width
+        twins = [f"dense, hidden {wide}" if other == "dense" else "" for other in others] if wide else others
         ratios = [f"{median[label] / median[twin]:.2f}" if twin in median else "" for twin in twins]
         ms = f"{statistics.median(update):.2f}" if update else ""
-        spread = f"{min(values):.0f}-{max(values):.0f}"
-        table.append([label, f"{median[label]:.0f}", spread, ms, f"{memory:.0f}", *ratios])
-    for row in table:
-        print(f"{row[0]:22}" + "".join(f"{cell:>11}" for cell in row[1:]))
-    content = {"conditions": conditions(args), "rate_update_ms_peak_mib": results}
-    (out / "results.json").write_text(json.dumps(content, indent=1) + "\n")
-    figure = draw_training(args, threads, rates)
-    for kind in ("png", "svg"):
-        figure.savefig(out / f"end_to_end.{kind}", dpi=200)
-    print(f"written: results.json and end_to_end.png in {out}")
+        table.append(
+            [label, f"{median[label]:.0f}", f"{min(rates):.0f}-{max(rates):.0f}", ms, f"{memory:.0f}", *ratios]
+        )
+    return table
 
 
-def draw_training(args: Args, threads: int, rates: dict[str, list[float]]) -> Figure:
+def summarize_training(content: dict) -> str:
+    """The table of the README, from results.json alone."""
+    found, args = content["conditions"], content["conditions"]["args"]
+    versions = ", ".join(f"{name} {number}" for name, number in found["versions"].items() if number)
+    runs = min(map(len, content["rate_update_ms_peak_mib"].values()))
+    table = tabulate_training(content)
+    lines = [f"| {' | '.join(row)} |" for row in table]
+    lines.insert(1, "| --- " * len(table[0]) + "|")
+    task = f"{args['env_id']}, hidden {args['hidden_dims'][0]} unless named, batch 256, {args['steps']} steps"
+    where = f"{min(args['threads'])} of {found['cores']} cores of {found['cpu']} ({found['capability']})"
+    where = f"{where}; {versions}; {found['date']}, commit {found['commit']}"
+    lines += ["", f"{task}, medians of {runs} runs in turns; {where}."]
+    return "\n".join(lines) + "\n"
+
+
+def draw_training(args: Args, rates: dict[str, list[float]]) -> Figure:
     """A bar for each configuration: median steps per second, a line from the slowest to the fastest run."""
     figure = Figure(figsize=(7, 1.3 + 0.3 * len(rates)), layout="constrained")
     ax = figure.subplots()
@@ -725,10 +1000,8 @@ def draw_training(args: Args, threads: int, rates: dict[str, list[float]]) -> Fi
     ax.tick_params(labelsize=8)
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
-    title = (
-        f"Training TD3 on {args.env_id}: hidden {args.hidden_dims[0]}, batch 256, {threads} thread{'s' * (threads > 1)}"
-    )
-    figure.suptitle(title, fontsize=10)
+    threads = f"{min(args.threads)} thread{'s' * (min(args.threads) > 1)}"
+    figure.suptitle(f"Training TD3 on {args.env_id}: hidden {args.hidden_dims[0]}, batch 256, {threads}", fontsize=10)
     return figure
 
 
@@ -750,7 +1023,9 @@ def cpu_name() -> str:
 
 
 def conditions(args: Args) -> dict:
-    versions = {}
+    versions = {"python": platform.python_version(), "cuda": None, "cusparselt": None}
+    if args.device == "cuda":
+        versions |= {"cuda": torch.version.cuda, "cusparselt": torch.backends.cusparselt.version()}
     for name in ("torch", "gymnasium", "mujoco", "numpy", "stable_baselines3", "sbx-rl", "jax"):
         try:
             versions[name] = version(name)
@@ -764,12 +1039,46 @@ def conditions(args: Args) -> dict:
     return {
         "args": asdict(args),
         "cpu": cpu_name(),
+        "gpu": torch.cuda.get_device_name() if args.device == "cuda" else None,
         "cores": CORES,
         "versions": versions,
         "commit": git.stdout.strip() or None,
         "date": time.strftime("%Y-%m-%d"),
         "capability": torch.backends.cpu.get_cpu_capability(),
     }
+
+
+# --- shared: wandb ---
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def log_wandb(args: Args, job: str, out: Path, tables: dict[str, list[dict]], figures: list[Path]) -> None:
+    """A W&B run with the same figures and tables; offline without a login."""
+    import wandb
+
+    try:
+        online = os.environ.get("WANDB_MODE") or wandb.login(prompt=False, verify=False)
+        run = wandb.init(
+            project=args.wandb_project_name or "nm-sparse-rl",
+            entity=args.wandb_entity,
+            job_type=job,
+            name=f"{job}_{out.resolve().name}",
+            config=vars(args),
+            mode=None if online else "offline",
+            settings=wandb.Settings(silent=True, console="off", init_timeout=30),
+        )
+        for name, rows in tables.items():
+            if rows:
+                run.log({name: wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])})
+        run.log({path.stem: wandb.Image(str(path)) for path in figures})
+        run.save(str(out / "summary.*"), base_path=str(out), policy="now")
+        run.finish()
+    except Exception as error:
+        print(f"warning: not in W&B: {first_line(error)}", file=sys.stderr)
+
+
+# --- end shared ---
 
 
 # --- shared: kernels ---

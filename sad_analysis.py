@@ -281,10 +281,6 @@ def fetch_wandb(entity: str, project: str, folder: Path) -> None:
                 )
 
 
-def first_line(error: BaseException) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
-
-
 def thin_run(run: Run, out: Path, rows: int = 60, masks: int = 6) -> None:
     """Copy what this script needs of a run: some hundred kilobytes that draw the same figures, coarser in time."""
 
@@ -914,8 +910,13 @@ def write_summary(out: Path, studies, skipped, unmatched, resamples: int) -> pd.
     return frame
 
 
-def log_wandb(args: Args, out: Path, frame: pd.DataFrame, figures: list[Path]) -> None:
-    """A W&B run with the same figures and table; offline without a login."""
+# --- shared: wandb ---
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+def log_wandb(args: Args, job: str, out: Path, tables: dict[str, list[dict]], figures: list[Path]) -> None:
+    """A W&B run with the same figures and tables; offline without a login."""
     import wandb
 
     try:
@@ -923,18 +924,23 @@ def log_wandb(args: Args, out: Path, frame: pd.DataFrame, figures: list[Path]) -
         run = wandb.init(
             project=args.wandb_project_name or "nm-sparse-rl",
             entity=args.wandb_entity,
-            job_type="analysis",
-            name=f"sad_analysis_{out.resolve().name}",
+            job_type=job,
+            name=f"{job}_{out.resolve().name}",
             config=vars(args),
             mode=None if online else "offline",
             settings=wandb.Settings(silent=True, console="off", init_timeout=30),
         )
-        run.log({"summary": wandb.Table(dataframe=frame.astype(object).where(frame.notna(), None))})
+        for name, rows in tables.items():
+            if rows:
+                run.log({name: wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])})
         run.log({path.stem: wandb.Image(str(path)) for path in figures})
         run.save(str(out / "summary.*"), base_path=str(out), policy="now")
         run.finish()
     except Exception as error:
         print(f"warning: not in W&B: {first_line(error)}", file=sys.stderr)
+
+
+# --- end shared ---
 
 
 def analyse(args: Args, folders: list[Path]) -> None:
@@ -967,7 +973,8 @@ def analyse(args: Args, folders: list[Path]) -> None:
         raise UserError(f"{args.out}{f' or {args.thin}' if args.thin else ''} can't be written: {error}") from None
     print((out / "summary.md").read_text())
     if args.track:
-        log_wandb(args, out, frame, figures)
+        table = frame.astype(object).where(frame.notna(), None).to_dict("records")
+        log_wandb(args, "analysis", out, {"summary": table}, figures)
     print(f"{len(runs)} runs, {len(skipped)} skipped: figures and tables are in {out}")
 
 

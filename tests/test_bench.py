@@ -4,6 +4,8 @@ import csv
 import json
 import statistics
 import sys
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 
@@ -11,7 +13,8 @@ import nm_kernel_bench as bench
 
 
 def run(monkeypatch, *argv):
-    monkeypatch.setattr(sys, "argv", ["nm_kernel_bench.py", *map(str, argv)])
+    track = [] if "--wandb-project-name" in argv else ["--no-track"]
+    monkeypatch.setattr(sys, "argv", ["nm_kernel_bench.py", *map(str, argv), *track])
     try:
         return bench.main()
     except SystemExit as stop:
@@ -67,14 +70,17 @@ def test_ratios_and_failures(monkeypatch, tmp_path, capsys):
 
 
 BAD = [("--steps", 1), ("--repetitions", 0), ("--threads", 999), ("--env-id", "No-v0"), ("--widths", 0),
-       ("--batch-sizes", 0),
-       ("--patterns", "8:4"), ("--patterns", "two"), ("--hidden-dims", 0), ("--out", "/dev/null/x")]  # fmt: skip
+       ("--batch-sizes", 0), ("--patterns", "8:4"), ("--patterns", "two"), ("--dtypes", "float16"),
+       ("--hidden-dims", 0), ("--device", "cuda"), ("--end-to-end", "--device", "cuda"),
+       ("--out", "/dev/null/x")]  # fmt: skip
 
 
 @pytest.mark.parametrize("argv", BAD)
 def test_bad_flags(monkeypatch, capsys, argv):
+    monkeypatch.setattr(bench.torch.cuda, "is_available", lambda: False)
     assert run(monkeypatch, *argv) == 2
-    assert capsys.readouterr().err.count("error: ") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
 
 
 def test_kernels_are_measured(monkeypatch, tmp_path, capsys):
@@ -99,7 +105,7 @@ def test_kernels_are_measured(monkeypatch, tmp_path, capsys):
     )
     assert all(0 < row["p50_us"] <= row["p99_us"] for row in content["actor"])
     assert content["actor"][0]["bytes"] == 4 * (105 * 256 + 256 + 256 * 256 + 256 + 256 * 8 + 8)
-    assert 1 < content["conditions"]["peak_gflops"] < 1000 and (tmp_path / "speedup_1_threads.png").exists()
+    assert 1 < content["conditions"]["peak_gflops"]["fp32"] < 1000 and (tmp_path / "speedup_1_threads.png").exists()
 
 
 def test_a_wrong_kernel_is_not_timed(monkeypatch, tmp_path, capsys):
@@ -142,3 +148,104 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch, tmp_path, capsys):
         run(monkeypatch, *flags) == 1
         and "WRONG, not timed: 1:4 forward of 40 to 40, batch 1" in capsys.readouterr().out
     )
+
+
+def test_break_even():
+    def row(width, pattern, ratio, batch=256):
+        found = {"implementation": "N:M", "inputs": width, "outputs": width, "batch": batch, "threads": 1}
+        return found | {"pattern": pattern, "x_bf16": ratio, "product": "forward" if batch == 1 else "all three"}
+
+    ratios = {"2:4": (0.5, 1.5, 0.9), "1:4": (0.5, 1.1, 1.2), "1:8": (3.0, 4.0, 5.0), "4:8": (2.0, 0.7, 3.0)}
+    rows = [row(w, p, r) for p, found in ratios.items() for w, r in zip((128, 256, 512), found, strict=True)]
+    rows.append(row(128, "2:4", 1.5, batch=1) | {"product": "all three"})  # not what acting needs
+    assert bench.break_even(rows, "x_bf16") == {(256, 1): {"2:4": None, "1:4": 256, "1:8": 128, "4:8": 512}}
+
+
+def no_graph(_, function):
+    def replay():
+        for _ in range(bench.GRAPH_CALLS):
+            function()
+
+    return replay
+
+
+def test_gpu_functions(monkeypatch):
+    monkeypatch.setattr(bench, "graphed", no_graph)
+    args = bench.Args(patterns=("2:4", "1:8", "4:8", "2:8"))
+    found, wrong, unsupported = bench.gpu_functions(64, 32, 16, args, device="cpu")
+    assert {key[0] for key in found if key[2] == "grad-weight"} == {
+        name + mode for name in ("dense fp32", "dense again", "dense TF32", "dense bf16") for mode in ("", ", graph")
+    }
+    assert not wrong and "sparse bf16 4:8: not 2:4, which keeps at most two of four weights" in unsupported
+    legal = [reason for reason in unsupported if "Only CUDA tensors are currently supported" in reason]
+    assert [reason.split()[2].strip(":") for reason in legal] == ["2:4", "1:8", "2:8"]  # the own words of torch
+
+    def products(W, bias, x, dy):  # one product right, one wrong, one missing
+        return {"forward": lambda: x @ W.T + bias, "grad-input": lambda: dy @ W * 1.05}
+
+    monkeypatch.setattr(bench, "sparse_products", products)
+    found, wrong, unsupported = bench.gpu_functions(64, 32, 16, args, device="cpu")
+    sparse = {key[1:] for key in found if key[0] == "sparse bf16, graph"}
+    assert sparse == {(pattern, "forward") for pattern in ("2:4", "1:8", "2:8")}
+    assert [reason.split()[2:4] for reason in wrong] == [[pattern, "grad-input"] for pattern in ("2:4", "1:8", "2:8")]
+    assert all(0.045 < float(reason.split()[-1]) < 0.055 for reason in wrong)
+    assert sum("grad-weight: no such product" in reason for reason in unsupported) == 3
+
+
+def test_gpu_report(monkeypatch, tmp_path, capsys):
+    """All of --device cuda but the GPU itself: functions run on the CPU, and a graph is a loop."""
+    monkeypatch.setattr(bench.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench.torch.cuda, "get_device_name", lambda: "Some GPU")
+    limits = {"peak_gflops": {"fp32": 1e3, "TF32": 2e3, "bf16": 4e3}, "read_gbs": 100.0}
+    monkeypatch.setattr(bench, "gpu_limits", lambda: limits)
+    monkeypatch.setattr(bench, "graphed", no_graph)
+    monkeypatch.setattr(bench, "gpu_functions", partial(bench.gpu_functions, device="cpu"))
+    monkeypatch.setattr(bench, "sparse_products", lambda W, bias, x, _: {"forward": lambda: x @ W.T + bias})
+    flags = ("--widths", 64, "--batch-sizes", 32, "--patterns", "1:4", "4:8", "--repetitions", 2)
+    assert run(monkeypatch, "--device", "cuda", *flags, "--out", tmp_path) == 0
+    content = json.loads((tmp_path / "results.json").read_text())
+    for row in content["layers"]:
+        twin = "dense TF32" + ", graph" * row["implementation"].endswith(
+            ", graph"
+        )  # eager with eager, graph with graph
+        wanted = {"inputs": row["inputs"], "product": row["product"], "implementation": twin}
+        us = next(other["us"] for other in content["layers"] if wanted.items() <= other.items())
+        assert row["x_tf32"] == pytest.approx(us / row["us"], rel=1e-2)
+        peak = 4e3 if "bf16" in row["implementation"] else 2e3 if "TF32" in row["implementation"] else 1e3
+        assert row["share_of_peak"] == pytest.approx(row["gflops"] / peak, rel=1e-2)
+    eager, graph = (next(r["us"] for r in content["layers"] if r["implementation"] == f"dense fp32{mode}"
+                         and r["inputs"] == 64 and r["product"] == "forward") for mode in ("", ", graph"))  # fmt: skip
+    assert 0.2 < graph / eager < 5  # per call, not per graph
+    out = capsys.readouterr().out
+    assert "Some GPU" in out and "sparse bf16 1:4, graph" in out and "not supported: sparse bf16 4:8" in out
+    assert max(map(len, out.splitlines())) <= 100 or "written" in max(out.splitlines(), key=len)
+    assert "| 64 to 64 | 32 |" in (tmp_path / "summary.md").read_text() and (tmp_path / "speedup.png").exists()
+    labels = bench.configurations(bench.Args(device="cuda", end_to_end=True))
+    assert all("--device=cuda" in labels[f"{name}, GPU"][0] for name in ("dense", "2:4", "1:4", "1:8"))
+
+
+def test_wandb_gets_tables_and_figures(monkeypatch, tmp_path):
+    """Checked against a stub: the run has each table with its columns, and the figure."""
+    logged, opened = {}, {}
+
+    class Run:
+        def log(self, values):
+            logged.update(values)
+
+        def save(self, *_, **__):
+            pass
+
+        def finish(self):
+            opened["finished"] = True
+
+    stub = SimpleNamespace(login=lambda **_: False, init=lambda **kw: opened.update(kw) or Run(), Settings=dict,
+                           Table=lambda columns, data: (columns, data), Image=lambda path: path)  # fmt: skip
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    flags = ("--widths", 40, "--patterns", "1:4", "--repetitions", 1, "--threads", 1, "--out", tmp_path)
+    assert run(monkeypatch, *flags, "--wandb-project-name", "mine") == 0
+    assert (opened["project"], opened["mode"], opened["finished"]) == ("mine", "offline", True)
+    columns, rows = logged["layers"]
+    assert columns == list(csv.DictReader(open(tmp_path / "results.csv")).fieldnames)
+    assert len(rows) == len(json.loads((tmp_path / "results.json").read_text())["layers"])
+    assert logged["actor"][0][0] == "implementation" and logged["speedup_1_threads"].endswith("speedup_1_threads.png")
