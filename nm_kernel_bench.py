@@ -950,7 +950,7 @@ def report_training(args: Args, results: dict[str, list[tuple]], out: Path) -> N
 
 
 def tabulate_training(content: dict) -> list[list[str]]:
-    """Header and rows of text, one for each configuration; ratios are of medians."""
+    """Header and rows of text, one for each configuration; ratios of medians, to twins of its width and cores."""
     results = content["rate_update_ms_peak_mib"]
     median = {label: statistics.median(rate for rate, *_ in runs) for label, runs in results.items()}
     others = [label for label in ("dense", "SB3", "SBX (JAX)") if label in median]
@@ -958,8 +958,9 @@ def tabulate_training(content: dict) -> list[list[str]]:
     for label, runs in results.items():
         rates, update = [rate for rate, *_ in runs], [ms for _, ms, _ in runs if ms is not None]
         memory = statistics.median(mib for *_, mib in runs)
-        wide = label.partition(", hidden ")[2]  # further widths: against dense of the same width
-        twins = [f"dense, hidden {wide}" if other == "dense" else "" for other in others] if wide else others
+        kind = label.partition(", ")[2]  # against what has the same width and as many cores
+        kind = f"{2 * min(content['conditions']['args']['threads'])} threads" if kind == "two runs at once" else kind
+        twins = [f"{other}, {kind}" if kind.startswith("hidden") or "threads" in kind else other for other in others]
         ratios = [f"{median[label] / median[twin]:.2f}" if twin in median else "" for twin in twins]
         ms = f"{statistics.median(update):.2f}" if update else ""
         table.append(

@@ -41,6 +41,7 @@ def test_end_to_end(monkeypatch, tmp_path, capsys):
 def test_ratios_and_failures(monkeypatch, tmp_path, capsys):
     rates = {"dense": iter([100.0, 300.0, 200.0]), "1:8": iter([800.0, 900.0, 1000.0])}
     rates |= {"dense, hidden 512": iter([50.0] * 3), "1:8, hidden 512": iter([350.0] * 3)}
+    rates |= {"dense, 2 threads": iter([400.0] * 3), "1:8, two runs at once": iter([1600.0] * 3)}
     monkeypatch.setattr(bench, "configurations", lambda *_: {name: (name, 1, 1) for name in rates})
     monkeypatch.setattr(bench, "run_once", lambda command, *_: (next(rates[command]), 1.5, 321.0))
     assert run(monkeypatch, "--end-to-end", "--repetitions", 3, "--out", tmp_path) == 0
@@ -49,6 +50,8 @@ def test_ratios_and_failures(monkeypatch, tmp_path, capsys):
     assert line.split() == ["1:8", "900", "800-1000", "1.50", "321", f"{900 / statistics.median([100, 300, 200]):.2f}"]
     line = next(line for line in lines if line.startswith("1:8, hidden 512"))
     assert line.split()[-1] == "7.00"  # against dense of its own width
+    line = next(line for line in lines if line.startswith("1:8, two runs"))
+    assert line.split()[-1] == "4.00"  # against dense on as many cores
     out = (tmp_path / "end_to_end.svg").read_text()
     assert "1:8, hidden 512" in out
     monkeypatch.undo()
