@@ -5,13 +5,13 @@ Reads the folders that rnm_td3_continuous.py and dense_td3_continuous.py leave b
   python sad_analysis.py --wandb-entity E --wandb-project-name P      the same for runs in the cloud
 
   SAD_{i:j} = |E_i - E_j|_0, Sparse Architecture Divergence (arXiv 2102.04010)              -> sad_metrics, pairwise_sad
-  settled SAD: from the mask at nine tenths of training to the final one                    -> settled_sad
+  settled SAD: from the mask a tenth of training (or the longest K) before the end to the final one -> settled_sad
   settled: from when on the mask stays within 10 % of the final one                         -> settled_step
+  correlation of settled SAD and score: of ranks within configurations, pooled             -> correlation
   IQM, stratified bootstrap, probability of improvement (Agarwal et al., arXiv 2108.13264)  -> iqm, interval, better
 Only finished runs count, and they are compared only if environment, steps, physics and hyper-parameters agree.
 """
 
-import contextlib
 import glob
 import io
 import itertools
@@ -19,6 +19,7 @@ import json
 import math
 import os
 import re
+import shutil
 import statistics
 import sys
 import tempfile
@@ -117,7 +118,7 @@ class Topology:
     steps: np.ndarray  # [S] environment steps
     pairwise: dict[str, np.ndarray]  # by network [S, S]: SAD_{i:j} over twice the active weights
     ever: dict[str, np.ndarray]  # by network [S]: share of weights active in a snapshot so far (at least)
-    age: dict[str, np.ndarray]  # by network [S]: mean age of the active weights in environment steps (at most)
+    age: dict[str, np.ndarray]  # by network [2, S]: upper and lower bound of the active weights' mean age in steps
 
 
 @dataclass
@@ -151,14 +152,14 @@ class Run:
         """A logged key over environment steps, where it was logged."""
         return self.metrics[key].dropna() if key in self.metrics else pd.Series(dtype=float)
 
-    def settled_sad(self) -> float:
-        """SAD from the mask at nine tenths of training to the final one, mean of the networks; NaN without masks.
+    def settled_sad(self, window: float) -> float:
+        """SAD from the mask `window` steps before the end to the final one, mean of the networks; NaN without masks.
 
-        Unlike SAD from refresh to refresh it does not depend on how often masks are refreshed.
+        A window at least as long as the longest K compared: a mask that is taken seldom is old when the window begins.
         """
-        if self.topology is None:
+        if self.topology is None or self.args["mask_update_interval"] > window:
             return math.nan
-        start = near(self.topology.steps, 0.9 * self.args["total_timesteps"])
+        start = near(self.topology.steps, self.args["total_timesteps"] - window)
         return statistics.fmean(float(pairwise[start, -1]) for pairwise in self.topology.pairwise.values())
 
 
@@ -178,7 +179,10 @@ def find_folders(patterns: tuple[str, ...]) -> list[Path]:
         if not paths:
             raise UserError(f"there is no {pattern}")
         for path in map(Path, paths):
-            path = path.parent if path.is_file() else path
+            if path.is_file():  # a glob may hit a run's files, or others
+                if path.name not in ("meta.json", "metrics.csv", "masks.npz"):
+                    continue
+                path = path.parent
             found |= {file.parent.resolve() for name in ("meta.json", "metrics.csv") for file in path.rglob(name)}
     return sorted(found)
 
@@ -254,34 +258,40 @@ def read_masks(path: Path, n: int, m: int, metrics: pd.DataFrame) -> Topology:
     nets = {net: np.hstack([E for name, E in masks.items() if name.startswith(net + ".")]) for net in NETS}
     spans = {net: ever_and_age(E, steps) for net, E in nets.items()}
     pairwise = {net: pairwise_sad(E) for net, E in nets.items()}
-    return Topology(steps, pairwise, *({net: pair[i] for net, pair in spans.items()} for i in (0, 1)))
+    return Topology(steps, pairwise, {net: s[0] for net, s in spans.items()}, {net: s[1:] for net, s in spans.items()})
 
 
-def fetch_wandb(entity: str, project: str, folder: Path) -> None:
-    """Write metrics.csv, meta.json and masks.npz of each run of a W&B project into a folder of its own."""
+def fetch_wandb(entity: str, project: str, folder: Path) -> list[tuple[str, str]]:
+    """Write the files of each run of a W&B project into a folder of its own; (run, reason) of what can't be read."""
     import wandb
 
     try:
         runs = list(wandb.Api().runs(f"{entity}/{project}"))
     except Exception as error:
         raise UserError(f"W&B project {entity}/{project} can't be read: {first_line(error)}") from None
+    skipped = []
     for run in tqdm(runs, desc="downloading", disable=not sys.stderr.isatty()):
-        if run.job_type == "analysis":
+        if run.job_type in ("analysis", "benchmark"):
             continue
-        path = folder / run.id
-        path.mkdir()
-        with contextlib.suppress(Exception):  # load_run says what is missing
-            for name in ("meta.json", "masks.npz"):
-                run.file(name).download(root=str(path), replace=True)
-        if (path / "meta.json").exists():  # else it has not ended
-            with contextlib.suppress(Exception):
+        with tempfile.TemporaryDirectory() as scratch:
+            try:
+                files = {file.name for file in run.files()}
+                if "meta.json" not in files:
+                    raise BadRun("it has no meta.json, so it has not ended")
+                for name in files & {"meta.json", "masks.npz"}:
+                    run.file(name).download(root=scratch, replace=True)
                 rows = pd.DataFrame(run.scan_history())
-                rows.drop(columns=[key for key in rows if key.startswith("_")]).to_csv(
-                    path / "metrics.csv", index=False
-                )
+                rows = rows.drop(columns=[key for key in rows if key.startswith("_")])
+                rows.to_csv(Path(scratch, "metrics.csv"), index=False)
+            except Exception as error:
+                reason = str(error) if isinstance(error, BadRun) else f"can't be downloaded: {first_line(error)}"
+                skipped.append((run.name, reason))
+                continue
+            shutil.copytree(scratch, folder / run.id)
+    return skipped
 
 
-def thin_run(run: Run, out: Path, rows: int = 60, masks: int = 6) -> None:
+def thin_run(run: Run, out: Path, window: float, rows: int = 60, masks: int = 6) -> None:
     """Copy what this script needs of a run: some hundred kilobytes that draw the same figures, coarser in time."""
 
     def some(things, count: int):  # evenly spaced, first and last included
@@ -293,7 +303,8 @@ def thin_run(run: Run, out: Path, rows: int = 60, masks: int = 6) -> None:
     snapshots = np.array([], int)
     if run.topology:
         snapshots = some(np.arange(len(run.topology.steps)), masks)
-        snapshots = np.union1d(snapshots, [near(run.topology.steps, 0.9 * run.args["total_timesteps"])])
+        ends = [run.args["total_timesteps"] * 0.9, run.args["total_timesteps"] - window]
+        snapshots = np.union1d(snapshots, [near(run.topology.steps, end) for end in ends])
     kept = evaluations.union(some(refreshes, rows))
     if run.topology:
         kept = kept.union(run.metrics.index.intersection(run.topology.steps[snapshots]))
@@ -339,28 +350,30 @@ def pairwise_sad(E: np.ndarray) -> np.ndarray:
     return ((active[:, None] + active[None, :] - 2 * common) / (2 * active[0])).astype(np.float32)
 
 
-def ever_and_age(E: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Share of weights seen active so far, and mean age of the active ones, both [S], of masks E [S, weights].
+def ever_and_age(E: np.ndarray, steps: np.ndarray) -> np.ndarray:
+    """[3, S] of masks E [S, weights]: share of weights seen active so far, bounds of the mean age of the active ones.
 
-    Snapshots miss what comes and goes between them, so the share is a lower and the age an upper bound: a weight that
-    was inactive at one snapshot and is active from the next one on counts from the former.
+    Snapshots miss what comes and goes between them, so the share is a lower bound. A weight that was inactive at one
+    snapshot and is active at the next became so in between: the age is at most that since the former, and at least
+    that since the latter unless it comes and goes between snapshots.
     """
     E = E.astype(bool)
-    since = np.full(E.shape[1], steps[0], dtype=np.float32)
-    seen, share, age = E[0].copy(), [float(E[0].mean())], [0.0]
+    after = np.full(E.shape[1], steps[0], dtype=np.float32)
+    until, seen, found = after.copy(), E[0].copy(), [(E[0].mean(), 0.0, 0.0)]
     for i in range(1, len(E)):
-        since[E[i] & ~E[i - 1]] = steps[i - 1]
+        new = E[i] & ~E[i - 1]
+        after[new], until[new] = steps[i - 1], steps[i]
         seen |= E[i]
-        share.append(float(seen.mean()))
-        age.append(float(steps[i] - since[E[i]].mean(dtype=np.float64)))
-    return np.array(share), np.array(age)
+        found.append((seen.mean(), *(steps[i] - since[E[i]].mean(dtype=np.float64) for since in (after, until))))
+    return np.array(found).T
 
 
 def settled_step(pairwise: np.ndarray, steps: np.ndarray, threshold: float = 0.1) -> float:
-    """First step from which on every snapshot is within `threshold` (SAD) of the final mask; NaN if only that one is.
+    """First snapshot from which on all are within `threshold` (SAD) of the final mask; NaN if only the last one is.
 
-    Like Early-Bird tickets (You et al., arXiv 1909.11957), which end a search when masks differ by less than 0.1, but
-    against the final mask. A mask that drifts for ever comes near its final state too: read it beside settled SAD.
+    In the spirit of Early-Bird tickets (You et al., arXiv 1909.11957), which end a search when masks of five epochs
+    differ by less than 0.1 of all weights; here 0.1 of the active ones, against the final mask. It is an upper bound
+    as fine as the snapshots. A mask that drifts for ever comes near its final state too: read it beside settled SAD.
     """
     far = np.flatnonzero(pairwise[:, -1] >= threshold)
     first = far[-1] + 1 if len(far) else 0
@@ -392,18 +405,19 @@ def better(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     return ((difference > 0) + 0.5 * (difference == 0)).mean(axis=(-2, -1))
 
 
-def spearman(x: np.ndarray, y: np.ndarray, resamples: int) -> tuple[float, np.ndarray]:
-    """Rank correlation of two [runs] and its 95 % bootstrap interval over runs."""
-    rho = float(scipy.stats.spearmanr(x, y).statistic)
-    pairs = np.stack([x, y], axis=1)
+def correlation(groups: list[np.ndarray], resamples: int) -> tuple[float, np.ndarray]:
+    """Correlation of ranks within each group [runs, 2], pooled, and its 95 % stratified bootstrap interval.
 
-    def statistic(drawn):  # [resamples, runs, 2]; a constant resample has no correlation
-        a, b = (scipy.stats.rankdata(drawn[..., i], axis=1) for i in (0, 1))
-        a, b = a - a.mean(axis=1, keepdims=True), b - b.mean(axis=1, keepdims=True)
+    Of one group it is Spearman's. What sets groups apart, such as K, neither makes nor hides it.
+    """
+
+    def statistic(*drawn):  # [resamples, runs, 2] each; a constant resample has no correlation
+        ranks = [scipy.stats.rankdata(group, axis=1) / group.shape[1] for group in drawn]
+        a, b = np.moveaxis(np.concatenate([r - r.mean(axis=1, keepdims=True) for r in ranks], axis=1), 2, 0)
         norm = np.sqrt((a**2).sum(axis=1) * (b**2).sum(axis=1))
         return (a * b).sum(axis=1)[norm > 0] / norm[norm > 0]
 
-    return rho, interval([pairs], statistic, resamples)
+    return float(statistic(*(group[None] for group in groups))[0]), interval(groups, statistic, resamples)
 
 
 # --- Matching -----------------------------------------------------------------------------------------------------
@@ -418,6 +432,13 @@ class Study:
     setting: tuple
     configurations: dict[str, list[Run]]  # label -> runs, ordered by seed; dense first
     reference: dict[str, str]  # label -> label of the dense configuration that it is compared with
+
+    @property
+    def window(self) -> float:
+        """Of settled SAD, in steps: a tenth of training, or the longest K up to a quarter."""
+        total = dict(self.setting)["total_timesteps"]
+        intervals = [runs[0].args.get("mask_update_interval", 0) for runs in self.configurations.values()]
+        return max(0.1 * total, *(k for k in intervals if k <= total / 4), 0)
 
     def scores(self, label: str) -> np.ndarray:
         return np.array([run.score for run in self.configurations[label]])
@@ -440,7 +461,7 @@ def label_run(run: Run) -> str:
 
 
 def make_studies(runs: list[Run]) -> tuple[list[Study], list[tuple[str, str]]]:
-    """One study for each setting, and (run, reason) of those that no dense run matches."""
+    """One study for each setting, and (run, reason) of those that have no dense run to compare with."""
     settings, studies, unmatched = {}, [], []
     for run in runs:
         settings.setdefault(run.setting, []).append(run)
@@ -467,7 +488,9 @@ def make_studies(runs: list[Run]) -> tuple[list[Study], list[tuple[str, str]]]:
                 reference[label] = dense[width]
             elif density(group[0]) < 1:
                 unmatched += [(run.name, f"no dense run of the same setting ({name})") for run in group]
-        studies.append(Study(name, re.sub(r"[^\w.-]+", "_", name)[:80], setting, configurations, reference))
+        file = re.sub(r"[^\w.-]+", "_", name)[:80]
+        file += f"_{len(studies)}" if any(study.file == file for study in studies) else ""
+        studies.append(Study(name, file, setting, configurations, reference))
     return studies, unmatched
 
 
@@ -475,8 +498,8 @@ def make_studies(runs: list[Run]) -> tuple[list[Study], list[tuple[str, str]]]:
 
 # Okabe and Ito's colours, one for each pattern everywhere; configurations of one pattern differ in the line.
 COLORS = {"dense": "#000000", "2:4": "#0072B2", "1:4": "#E69F00", "1:8": "#009E73", "1:16": "#CC79A7", "4:8": "#56B4E9",
-          "2:8": "#D55E00"}  # fmt: skip
-SPARE = ["#999999", "#882255", "#AA8800", "#332288", "#6699CC", "#44AA99"]  # for other patterns, in their order
+          "2:8": "#D55E00", "1:2": "#882255", "3:4": "#AA8800", "1:32": "#332288", "2:16": "#6699CC",
+          "4:16": "#44AA99"}  # fmt: skip
 LINES = ["-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 3)), (0, (8, 2, 1, 2))]
 MARKERS = "osD^vP*X"
 
@@ -485,9 +508,7 @@ def style(study: Study, label: str) -> tuple[str, int]:
     """Colour of the pattern, and a number for line and marker within the pattern."""
     pattern = study.configurations[label][0].pattern
     same = [name for name, runs in study.configurations.items() if runs[0].pattern == pattern]
-    others = [runs[0].pattern for runs in study.configurations.values() if runs[0].pattern not in COLORS]
-    spare = SPARE[list(dict.fromkeys(others)).index(pattern) % len(SPARE)] if pattern in others else None
-    return COLORS.get(pattern, spare), same.index(label)
+    return COLORS.get(pattern, "#999999"), same.index(label)
 
 
 def new_figure(title: str, rows: int, columns: int, height: float, **options) -> tuple[Figure, np.ndarray]:
@@ -525,7 +546,7 @@ def band(ax, study: Study, label: str, curves: list[pd.Series], resamples: int, 
         return
     table = table.iloc[np.unique(np.linspace(0, len(table) - 1, min(300, len(table))).round().astype(int))]
     rows, (color, line) = table.to_numpy().T, style(study, label)
-    name = f"{label} ({len(rows)} seed{'s' * (len(rows) > 1)})"
+    name = f"{label} ({count(len(rows), 'seed')})"
     marker = "." if len(table) < 3 else None
     ax.plot(
         table.index * scale,
@@ -547,8 +568,8 @@ def sparse_labels(study: Study) -> list[str]:
 
 
 def moving_labels(study: Study) -> list[str]:
-    """N:M configurations whose masks are refreshed: static ones have no SAD but 0."""
-    return [name for name in sparse_labels(study) if study.configurations[name][0].args["mask_update_interval"]]
+    """N:M configurations whose masks were refreshed: others have no SAD but 0."""
+    return [name for name in sparse_labels(study) if any(len(r.curve("sad/actor")) for r in study.configurations[name])]
 
 
 def draw_sad(study: Study, resamples: int) -> Figure | None:
@@ -576,9 +597,8 @@ def draw_layers(study: Study, resamples: int) -> Figure | None:
     )
     if not layers:
         return None
-    figure, axes = new_figure(
-        f"How masks change, by layer: {study.name}", 2 * len(layers), 3, 1 + 3.2 * len(layers), sharex=True
-    )
+    title, height = f"SAD to the previous and to the first mask, by layer: {study.name}", 1 + 2.7 * len(layers)
+    figure, axes = new_figure(title, 2 * len(layers), 3, height, sharex=True, sharey="row")
     for i, (layer, key) in enumerate((layer, key) for layer in layers for key in ("sad", "sad_initial")):
         for ax, net in zip(axes[i], NETS, strict=True):
             name = layer if layer != "head" else ("fc_mu" if net == "actor" else "fc3")
@@ -588,9 +608,9 @@ def draw_layers(study: Study, resamples: int) -> Figure | None:
                     band(ax, study, label, curves, resamples)
             what = "previous" if key == "sad" else "first"
             x_label = "thousand environment steps" if i == len(axes) - 1 else ""
-            y_label = f"SAD to {what}" if net == "actor" else ""
+            y_label = f"to {what}" if net == "actor" else ""
             describe(ax, f"{net}, {name}" if key == "sad" else "", x_label, y_label)
-            ax.set_ylim(bottom=0)
+        axes[i, 0].set_ylim(bottom=0)
     add_legend(figure)
     return figure
 
@@ -601,7 +621,7 @@ def draw_divergence(study: Study, _resamples: int) -> Figure | None:
     if not labels:
         return None
     title = f"SAD between the masks at two times: {study.name}"
-    figure, axes = new_figure(title, len(labels), 3, 1.6 + 1.75 * len(labels))
+    figure, axes = new_figure(title, len(labels), 3, 1.6 + min(1.75 * len(labels), 7.4))
     kept = {}
     for label in labels:
         topologies = [run.topology for run in study.configurations[label] if run.topology]
@@ -610,11 +630,12 @@ def draw_divergence(study: Study, _resamples: int) -> Figure | None:
     for row, (label, group) in zip(axes, kept.items(), strict=True):
         for ax, net in zip(row, NETS, strict=True):
             steps = group[0].steps * 1e-3
+            edges = np.concatenate([steps[:1], (steps[1:] + steps[:-1]) / 2, steps[-1:]])  # a cell around each snapshot
             ax.grid(False)
-            image = ax.pcolormesh(steps, steps, np.mean([t.pairwise[net] for t in group], axis=0), vmin=0, vmax=top,
-                                  cmap="viridis", shading="nearest", rasterized=True)  # fmt: skip
+            image = ax.pcolormesh(edges, edges, np.mean([t.pairwise[net] for t in group], axis=0), vmin=0, vmax=top,
+                                  cmap="viridis", rasterized=True)  # fmt: skip
             ax.set_aspect("equal")
-            seeds = f"{label}\n({len(group)} seed{'s' * (len(group) > 1)})\nthousand steps"
+            seeds = f"{label}\n({count(len(group), 'seed')})\nthousand steps"
             x_label = "thousand steps" if label == labels[-1] else ""
             describe(ax, net if label == labels[0] else "", x_label, seeds if net == "actor" else "")
     bar = figure.colorbar(image, ax=axes, location="bottom", shrink=0.5, aspect=40, pad=0.02)
@@ -637,11 +658,17 @@ def draw_ages(study: Study, resamples: int) -> Figure | None:
     for ax, net in zip(axes.T, NETS, strict=True):
         for label, topologies in kept.items():
             band(ax[0], study, label, [pd.Series(t.ever[net], t.steps) for t in topologies], resamples)
-            band(ax[1], study, label, [pd.Series(t.age[net] * 1e-3, t.steps) for t in topologies], resamples)
+            bounds = [pd.concat([pd.Series(t.age[net][i], t.steps) for t in topologies], axis=1, join="inner").dropna()
+                      for i in (0, 1)]  # fmt: skip
+            high, low = (iqm(bound.to_numpy(), axis=1) * 1e-3 for bound in bounds)
+            color, line = style(study, label)
+            ax[1].fill_between(bounds[0].index * 1e-3, low, high, color=color, alpha=0.1, linewidth=0)
+            for edge in (low, high):
+                ax[1].plot(bounds[0].index * 1e-3, edge, color=color, linestyle=LINES[line % len(LINES)], linewidth=0.8)
         ax[1].plot([0, total], [0, total], color="0.6", linewidth=0.8, label="never replaced")
         first = net == "actor"
         describe(ax[0], net, "", "ever active, at least\n(share of all weights)" if first else "")
-        y_label = "mean age of active weights, at most\n(thousand steps)" if first else ""
+        y_label = "mean age of the active,\nbounds (thousand steps)" if first else ""
         describe(ax[1], "", "thousand environment steps", y_label)
     axes[0, 0].set_ylim(0, 1)
     add_legend(figure)
@@ -650,21 +677,21 @@ def draw_ages(study: Study, resamples: int) -> Figure | None:
 
 def draw_sad_against_return(study: Study, resamples: int) -> Figure | None:
     """3: each run a point."""
-    found = {label: sad_and_score(study.configurations[label]) for label in sparse_labels(study)}
+    found = {label: sad_and_score(study, label) for label in moving_labels(study)}
     found = {label: pairs for label, pairs in found.items() if len(pairs)}
     if not found:
         return None
-    groups = by_pattern(study)
-    texts = [f"{name}: {correlation_text(sad_and_score(runs), resamples)}" for name, runs in groups.items()]
+    texts = correlation_texts(study, resamples)
     figure, axes = new_figure(
-        f"Does settling go with return? {study.name}", 1, 1, 3.8 + 0.17 * (len(found) + len(texts))
+        f"Does settling go with return? {study.name}", 1, 1, 3.8 + 0.2 * (len(found) + len(texts))
     )
     for label, pairs in found.items():
         color, number = style(study, label)
-        text = f"{label} ({len(pairs)} run{'s' * (len(pairs) > 1)})"
+        text = f"{label} ({count(len(pairs), 'run')})"
         axes[0, 0].scatter(*pairs.T, color=color, marker=MARKERS[number % 8], s=22, label=text, alpha=0.8)
-    x_label = "settled SAD: from the mask at 9/10 of training to the final one (share of active weights)"
-    describe(axes[0, 0], "\n".join(texts), x_label, "final score")
+    x_label = f"settled SAD: from the mask {study.window:,.0f} steps before the end to the last (of active weights)"
+    describe(axes[0, 0], "", x_label, "final score")
+    axes[0, 0].set_title("\n".join(textwrap.fill(text, 100) for text in texts), fontsize=8, loc="left")
     add_legend(figure)
     return figure
 
@@ -697,7 +724,9 @@ def draw_interval(study: Study, resamples: int) -> Figure | None:
             ).T
             look = {"color": color, "marker": MARKERS[number % 8], "linestyle": LINES[number % len(LINES)]}
             bars = [middle - low, high - middle]
-            ax.errorbar(places, middle, bars, capsize=3, linewidth=1.2, label=name, **look)
+            moving = sum(k > 0 for k, _ in found)
+            ax.errorbar(places, middle, bars, capsize=3, linewidth=0, elinewidth=1.2, label=name, **look)
+            ax.plot(places[:moving], middle[:moving], linewidth=1.2, **look)  # static masks are no longer K
     for ax in axes[0]:
         ax.set_xticks(range(len(order)), [f"{k:,}" if k else "static" for k in order])
     describe(axes[0, 0], "", "K, critic updates between refreshes", "final score (IQM, 95 % interval)")
@@ -713,22 +742,32 @@ def draw_interval(study: Study, resamples: int) -> Figure | None:
 
 def draw_returns(study: Study, resamples: int) -> Figure:
     """5: learning curves over steps and over training time."""
-    height = 3.6 + 0.08 * len(study.configurations)
-    figure, axes = new_figure(f"Return of the noise-free policy: {study.name}", 1, 2, height, sharey=True)
-    for label, runs in study.configurations.items():
+    dense = [label for label in study.configurations if label not in sparse_labels(study)]
+    patterns = dict.fromkeys(study.configurations[label][0].pattern for label in sparse_labels(study))
+    rows = [[*dense, *(label for label in sparse_labels(study) if study.configurations[label][0].pattern == pattern)]
+            for pattern in patterns] or [dense]  # fmt: skip
+    title, height = f"Return of the noise-free policy: {study.name}", 1.4 + 2 * len(rows) + 0.08 * len(study.reference)
+    figure, axes = new_figure(title, len(rows), 2, height, sharex="col", sharey=True)
+    for row, label in ((row, label) for row, labels in zip(axes, rows, strict=True) for label in labels):
+        runs = study.configurations[label]
         curves = [run.curve("eval/episodic_return") for run in runs]
-        band(axes[0, 0], study, label, curves, resamples)
+        band(row[0], study, label, curves, resamples)
         clocks = [
             run.metrics["charts/wall_time_s"].loc[curve.index].to_numpy() / 60
             for run, curve in zip(runs, curves, strict=True)
         ]
-        grid = np.linspace(0, min(clock[-1] for clock in clocks), 100)
+        end = min(clock[-1] for clock in clocks)
+        grid = np.geomspace(end / 30, end, 100)
         timed = [pd.Series(np.interp(grid, clock, curve), grid) for clock, curve in zip(clocks, curves, strict=True)]
-        band(axes[0, 1], study, label, timed, resamples, scale=1)
-    describe(axes[0, 0], "", "thousand environment steps", "evaluation return\n(IQM over seeds, 95 % band)")
-    hardware = sorted({f"{run.meta['hardware']}, {run.meta['threads']} thread{'s' * (run.meta['threads'] > 1)}"
+        band(row[1], study, label, timed, resamples, scale=1)
+        row[1].set_xscale("log")
+        row[1].xaxis.set_major_formatter("{x:g}")
+        describe(row[0], "", "", "evaluation return\n(IQM over seeds, 95 % band)")
+    hardware = sorted({f"{run.meta['hardware']}, {count(run.meta['threads'], 'thread')}"
                        for runs in study.configurations.values() for run in runs})  # fmt: skip
-    describe(axes[0, 1], "", "training minutes, as run\n" + "; ".join(hardware[:2]) + "; ..." * (len(hardware) > 2))
+    axes[-1, 0].set_xlabel("thousand environment steps", fontsize=8)
+    machines = "; ".join(hardware[:2]) + "; ..." * (len(hardware) > 2)
+    axes[-1, 1].set_xlabel(f"training minutes, as run (log scale)\n{machines}", fontsize=8)
     add_legend(figure)
     return figure
 
@@ -760,33 +799,44 @@ FIGURES = {"returns": draw_returns, "scores": draw_scores, "sad": draw_sad, "sad
 ENOUGH = 10  # runs below which a correlation is not commented on
 
 
-def sad_and_score(runs: list[Run]) -> np.ndarray:
+def count(number: int, what: str) -> str:
+    return f"{number} {what}{'s' * (number != 1)}"
+
+
+def sad_and_score(study: Study, label: str) -> np.ndarray:
     """[runs, 2]: settled SAD and final score, of the runs that have both."""
-    pairs = np.array([(run.settled_sad(), run.score) for run in runs])
+    pairs = np.array([(run.settled_sad(study.window), run.score) for run in study.configurations[label]])
     return pairs[~np.isnan(pairs).any(axis=1)]
 
 
-def by_pattern(study: Study) -> dict[str, list[Run]]:
-    """Runs of each N:M pattern, and all together."""
+def correlation_texts(study: Study, resamples: int) -> list[str]:
+    """For each N:M pattern and for all together; static masks, which have no SAD, are left out."""
     groups = {}
-    for label in sparse_labels(study):
-        runs = study.configurations[label]
-        groups.setdefault(f"all {runs[0].pattern}", []).extend(runs)
-    return groups | ({"all N:M": [*itertools.chain(*groups.values())]} if len(groups) > 1 else {})
+    for label in moving_labels(study):
+        groups.setdefault(study.configurations[label][0].pattern, []).append(sad_and_score(study, label))
+    if len(groups) > 1:
+        groups["all N:M"] = [*itertools.chain(*groups.values())]
+    return [f"{name}: {correlation_text(found, resamples)}" for name, found in groups.items()]
 
 
-def correlation_text(pairs: np.ndarray, resamples: int) -> str:
-    if len(pairs) < 3 or len(set(pairs[:, 0])) < 2 or len(set(pairs[:, 1])) < 2:
-        return f"{len(pairs)} runs, too few to correlate"
-    rho, (low, high) = spearman(*pairs.T, resamples)
-    verdict = f", too few runs to conclude ({ENOUGH} needed)" if len(pairs) < ENOUGH else ""
-    return f"Spearman {rho:+.2f} [{low:+.2f}, {high:+.2f}], {len(pairs)} runs{verdict}"
+def correlation_text(groups: list[np.ndarray], resamples: int) -> str:
+    """What configurations [runs, 2] say together: within them, and over all runs, where configurations differ too."""
+    groups = [group for group in groups if len(group) > 1 and (np.ptp(group, axis=0) > 0).all()]
+    total = sum(map(len, groups))
+    if total < 3:
+        return f"{count(total, 'run')}, too few to correlate"
+    rho, (low, high) = correlation(groups, resamples)
+    limits = f" [{low:+.2f}, {high:+.2f}]" if total >= ENOUGH else f" (too few runs to conclude, {ENOUGH} needed)"
+    text = f"rank correlation {rho:+.2f}{limits}, {count(total, 'run')}"
+    if len(groups) > 1:
+        across, _ = correlation([np.concatenate(groups)], 1)
+        text += f", within {len(groups)} configurations; over all runs {across:+.2f}, confounded by configuration"
+    return text
 
 
 def relative(scores: np.ndarray, dense: np.ndarray) -> np.ndarray:
-    """IQM over IQM of dense, [resamples, runs] each -> [resamples]; NaN for all if dense is not surely positive."""
-    below = iqm(dense, axis=1)
-    return iqm(scores, axis=1) / below if (below > 0).all() else np.full(len(below), np.nan)
+    """IQM over IQM of dense, [resamples, runs] each -> [resamples]."""
+    return iqm(scores, axis=1) / iqm(dense, axis=1)
 
 
 def configuration_row(study: Study, label: str, resamples: int) -> dict:
@@ -798,7 +848,7 @@ def configuration_row(study: Study, label: str, resamples: int) -> dict:
     if reference and reference != label:
         dense = study.scores(reference)
         row["dense"] = reference
-        if iqm(dense) > 0:  # a share of a negative return means nothing
+        if (dense > 0).all():  # a share of a negative return means nothing
             row["of_dense"] = iqm(scores) / iqm(dense)
             row["of_dense_low"], row["of_dense_high"] = interval([scores, dense], relative, resamples)
         by_seed = {run.args["seed"]: run.score for run in study.configurations[reference]}
@@ -812,41 +862,71 @@ def configuration_row(study: Study, label: str, resamples: int) -> dict:
     stats = runs[0].meta
     row["params_active"] = stats["params_active"]
     row["mflops_per_update"] = stats["flops_per_update"]["sparse"] / 1e6
-    row["training_minutes"] = statistics.median(run.metrics["charts/wall_time_s"].iloc[-1] / 60 for run in runs)
+    minutes = statistics.median(run.metrics["charts/wall_time_s"].iloc[-1] / 60 for run in runs)
+    alike = len({(run.meta["hardware"], run.meta["threads"], run.meta["kernel"]) for run in runs}) == 1
+    row["training_minutes"] = minutes if alike else math.nan
     row["kernel"] = ", ".join(sorted({run.meta["kernel"] for run in runs}))
-    sads = [sad for run in runs if not math.isnan(sad := run.settled_sad())]
+    sads = [run.settled_sad(study.window) for run in runs if run.pattern != "dense"]
+    sads = [sad for sad in sads if not math.isnan(sad)]
     row["settled_sad"] = statistics.fmean(sads) if sads else math.nan
     for net in NETS:
         steps = [settled_step(run.topology.pairwise[net], run.topology.steps) for run in runs if run.topology]
         row[f"settled_step_{net}"] = (
-            statistics.median(math.inf if math.isnan(s) else s for s in steps) if steps else math.nan
+            statistics.median_high(math.inf if math.isnan(s) else s for s in steps) if steps else math.nan
         )
     return row
 
 
 def pooled_rows(studies: list[Study], resamples: int) -> list[dict]:
-    """Dense-normalised scores over the environments of otherwise equal settings: IQM, stratified by environment."""
+    """Dense-normalised scores over the environments of otherwise equal settings: IQM, stratified by environment.
+
+    Environments in which a dense run scored below zero are not in it.
+    """
     rows, settings = [], {}
     for study in studies:
+        values = dict(study.setting)
         rest = tuple(pair for pair in study.setting if pair[0] != "env_id")
         for label, reference in study.reference.items():
-            if label != reference and iqm(study.scores(reference)) > 0:
-                settings.setdefault((rest, label), []).append((study.scores(label), study.scores(reference)))
-    for (_, label), found in settings.items():
+            if label != reference and (study.scores(reference) > 0).all():
+                found = (values["env_id"], study.scores(label), study.scores(reference))
+                settings.setdefault((rest, study.name.partition(", ")[2], label), []).append(found)
+    for (_, other, label), found in settings.items():
         if len(found) < 2:
             continue
+        names, *pairs = zip(*found, strict=True)
+        found = [*zip(*pairs, strict=True)]
 
         def pooled(*drawn):  # scores and dense scores, in turns; axis 1 are the runs
             parts = [x / iqm(dense, axis=1)[:, None] for x, dense in zip(drawn[::2], drawn[1::2], strict=True)]
             return iqm(np.concatenate(parts, axis=1), axis=1)
 
         groups = [*itertools.chain(*found)]
-        row = {"setting": f"{len(found)} environments together, relative to dense", "configuration": label}
+        row = {"setting": f"{' + '.join(names)}, {other}: relative to dense", "configuration": label}
         row["seeds"] = " + ".join(str(len(scores)) for scores, _ in found)
         row["of_dense"] = float(pooled(*(group[None] for group in groups))[0])
         row["of_dense_low"], row["of_dense_high"] = interval(groups, pooled, resamples)
         rows.append(row)
     return rows
+
+
+def describe_conditions(study: Study) -> list[str]:
+    """What the numbers may depend on besides the setting: once if it is the same everywhere, else by configuration."""
+
+    def condition(run: Run) -> dict[str, str]:
+        versions = {name: run.meta["versions"].get(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
+        found = {"commit": run.meta.get("commit")} | versions | {"kernel": run.meta["kernel"]}
+        return {k: str(v) for k, v in found.items()} | {"on": f"{run.meta['hardware']}, threads {run.meta['threads']}"}
+
+    found = {label: [condition(run) for run in runs] for label, runs in study.configurations.items()}
+    every = [*itertools.chain(*found.values())]
+    same = {key for key in every[0] if len({one[key] for one in every}) == 1}
+    lines = [", ".join(f"{key} {value}" for key, value in every[0].items() if key in same)]
+    others = {}
+    for label, ones in found.items():
+        parts = [f"{key} {' or '.join(sorted({one[key] for one in ones}))}" for key in every[0] if key not in same]
+        others.setdefault(", ".join(parts), []).append(label)
+    lines += [f"{text}: {'; '.join(labels)}" for text, labels in others.items() if text]
+    return lines
 
 
 def table_line(cells: list) -> str:
@@ -869,14 +949,16 @@ def write_summary(out: Path, studies, skipped, unmatched, resamples: int) -> pd.
         "# Runs compared",
         "",
         f"In brackets: 95 % bootstrap intervals over seeds ({resamples:,} resamples). One seed has none, and of fewer",
-        "than five they are too narrow to trust.",
+        "than five they are too narrow to trust. The IQM of up to three seeds is their mean. Of dense: the ratio of",
+        "the IQMs of all seeds, where every dense run scored above zero; differences: of the seeds that both have.",
+        "Minutes: of training, where all seeds ran on the same hardware, threads and kernel.",
         "",
     ]
     for setting, part in frame.groupby("setting", sort=False):
         lines += [f"## {setting}", ""]
         header = """configuration / seeds / final score (IQM) / of dense / mean difference to dense, by seed
             / P(better than dense) / active parameters / MFLOP per update / minutes / settled SAD
-            / within 10 % of the final mask from step: actor, qf1, qf2"""
+            / within 10 % of the final mask at the latest from step: actor, qf1, qf2"""
         header = [" ".join(cell.split()) for cell in header.split("/")]
         lines += [table_line(header), table_line(["---"] * len(header))]
         for row in part.to_dict("records"):
@@ -885,25 +967,20 @@ def write_summary(out: Path, studies, skipped, unmatched, resamples: int) -> pd.
                 "" if pd.isna(x) else f"{x:{f}}" for x, f in zip(whole, (",.0f", ",.0f", ".1f", ".4f"), strict=True)
             ]
             settled = [row.get(f"settled_step_{net}") for net in NETS]
-            settled = (
-                ""
-                if any(map(pd.isna, settled))
-                else ", ".join("never" if math.isinf(s) else f"{s:,.0f}" for s in settled)
-            )
-            pairs = f" ({row['pairs']:.0f} pairs)" if not pd.isna(row.get("pairs")) and row["pairs"] else ""
+            settled = ["the last" if x == math.inf else f"{x:,.0f}" for x in settled if not pd.isna(x)]
+            pairs = f" ({count(int(row['pairs']), 'pair')})" if not pd.isna(row.get("pairs")) and row["pairs"] else ""
             scores = [span(row, "final_score_iqm", low="low", high="high"), span(row, "of_dense", 2)]
             scores += [span(row, "difference") + pairs, span(row, "p_better", 2)]
-            lines.append(table_line([row["configuration"], row["seeds"], *scores, *numbers, settled]))
+            lines.append(table_line([row["configuration"], row["seeds"], *scores, *numbers, ", ".join(settled)]))
         lines.append("")
         for study in studies:
-            if study.name == setting and sparse_labels(study):
-                lines += ["Settled SAD against final score, each run a point:", ""]
-                groups = by_pattern(study)
-                lines += [
-                    f"- {name}: {correlation_text(sad_and_score(runs), resamples)}" for name, runs in groups.items()
-                ]
-                lines.append("")
-    for title, pairs in (("Skipped", skipped), ("Without a dense twin, so not compared", unmatched)):
+            if study.name == setting:
+                if moving_labels(study):
+                    about = f"Settled SAD (from the mask {study.window:,.0f} steps before the end to the final one)"
+                    lines += [f"{about} against final score, each run a point:", ""]
+                    lines += [*(f"- {text}" for text in correlation_texts(study, resamples)), ""]
+                lines += ["Ran on:", "", *(f"- {text}" for text in describe_conditions(study)), ""]
+    for title, pairs in (("Skipped", skipped), ("Not compared with dense", unmatched)):
         if pairs:
             lines += [f"## {title}", "", *(f"- {name}: {reason}" for name, reason in pairs), ""]
     (out / "summary.md").write_text("\n".join(lines))
@@ -943,39 +1020,48 @@ def log_wandb(args: Args, job: str, out: Path, tables: dict[str, list[dict]], fi
 # --- end shared ---
 
 
-def analyse(args: Args, folders: list[Path]) -> None:
-    runs, skipped = load_all(folders)
+def analyse(args: Args, folders: list[Path], skipped: list[tuple[str, str]]) -> None:
+    """Read, compare, draw and write; `skipped`: runs that could not be had, with the reason."""
+    runs, bad = load_all(folders)
+    skipped = skipped + bad
     for name, reason in skipped:
         print(f"skipped {name}: {reason}", file=sys.stderr)
     if not runs:
         raise UserError(
-            f"no finished runs among {len(folders)} folders in {' '.join(args.runs) or args.wandb_project_name}"
+            f"no finished runs among {len(folders) or len(skipped)} in {' '.join(args.runs) or args.wandb_project_name}"
         )
     studies, unmatched = make_studies(runs)
     for name, reason in unmatched:
         print(f"not compared {name}: {reason}", file=sys.stderr)
     if any(run.meta["n"] is not None and run.topology is None for run in runs):
         print("note: N:M runs without masks.npz are not in the figures of masks", file=sys.stderr)
-    out, figures = Path(args.out), []
+    out, figures, missing = Path(args.out), [], {}
     try:
         out.mkdir(parents=True, exist_ok=True)
         frame = write_summary(out, studies, skipped, unmatched, args.resamples)
         jobs = [(study, name) for study in studies for name in FIGURES]
         for study, name in tqdm(jobs, desc="drawing", unit="figure", delay=2, disable=not sys.stderr.isatty()):
-            if figure := FIGURES[name](study, args.resamples):
+            figure = FIGURES[name](study, args.resamples)
+            if figure is None:
+                missing.setdefault(study.name, []).append(name)
+            else:
                 figures.append(out / f"{study.file}_{name}.png")
                 for path in (figures[-1], figures[-1].with_suffix(".svg")):
                     figure.savefig(path, dpi=200)
         if args.thin:
-            for run in runs:
-                thin_run(run, Path(args.thin))
+            for study in studies:
+                for run in itertools.chain(*study.configurations.values()):
+                    thin_run(run, Path(args.thin), study.window)
     except OSError as error:
         raise UserError(f"{args.out}{f' or {args.thin}' if args.thin else ''} can't be written: {error}") from None
+    for name, kinds in missing.items():
+        reason = "for want of refreshed masks (interval: of several K)"
+        print(f"note: not drawn of {name}, {reason}: {', '.join(kinds)}", file=sys.stderr)
     print((out / "summary.md").read_text())
     if args.track:
         table = frame.astype(object).where(frame.notna(), None).to_dict("records")
         log_wandb(args, "analysis", out, {"summary": table}, figures)
-    print(f"{len(runs)} runs, {len(skipped)} skipped: figures and tables are in {out}")
+    print(f"{count(len(runs), 'run')}, {len(skipped)} skipped: figures and tables are in {out}")
 
 
 def main() -> int:
@@ -989,12 +1075,13 @@ def main() -> int:
         if bool(args.runs) == bool(args.wandb_project_name) or (args.wandb_project_name and not args.wandb_entity):
             raise UserError("name run folders, or --wandb-entity and --wandb-project-name")
         with tempfile.TemporaryDirectory() as scratch:
+            skipped = []
             if args.wandb_project_name:
-                fetch_wandb(args.wandb_entity, args.wandb_project_name, Path(scratch))
+                skipped = fetch_wandb(args.wandb_entity, args.wandb_project_name, Path(scratch))
             folders = find_folders(args.runs or (scratch,))
-            if not folders:
+            if not folders and not skipped:
                 raise UserError(f"no runs in {' '.join(args.runs) or args.wandb_project_name}")
-            analyse(args, folders)
+            analyse(args, folders, skipped)
         return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -24,7 +24,7 @@ SHAPES = {
 }
 
 
-def make_run(rnm, folder, *, seed=1, n=1, m=4, score=100.0, total=3000, churn=0.2, **changes):
+def make_run(rnm, folder, *, seed=1, n=1, m=4, score=100.0, total=30_000, churn=0.2, **changes):
     """A finished run's folder as the training scripts leave it: evaluations at `score`, masks that drift."""
     args = {"seed": seed, "env_id": "Ant-v4", "total_timesteps": total} | changes.pop("args", {})
     args = dataclasses.asdict(rnm.Args(**args))
@@ -33,26 +33,27 @@ def make_run(rnm, folder, *, seed=1, n=1, m=4, score=100.0, total=3000, churn=0.
         args = {k: v for k, v in args.items() if k not in ("n", "m", "mask_update_interval", "sparse_head")}
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(seed)
-    rows = [{"global_step": step, "eval/episodic_return": score * step / total, "charts/wall_time_s": step / 100}
-            for step in range(0, total + 1, 300)]  # fmt: skip
+    rows = {step: {"global_step": step, "eval/episodic_return": score * step / total, "charts/wall_time_s": step / 100}
+            for step in range(0, total + 1, 3000)}  # fmt: skip
     if n:
         W = {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
         masks = first = {name: rnm.project(w, n, m) for name, w in W.items()}
         history = rnm.add_masks([], first, 0, 0, 0)
-        for refresh in range(1, 11 if args["mask_update_interval"] else 1):
+        every = args["mask_update_interval"]
+        for refresh in range(1, total // every + 1 if every else 1):  # an update at each step
             for w in W.values():
                 w += churn * torch.randn(w.shape, generator=generator)
-            new = {name: rnm.project(w, n, m) for name, w in W.items()}
-            rows[refresh] |= rnm.sad_metrics(first, masks, new)
-            history = rnm.add_masks(history, new, 300 * refresh, 100 * refresh, refresh)
+            new, step = {name: rnm.project(w, n, m) for name, w in W.items()}, refresh * every
+            rows.setdefault(step, {"global_step": step}).update(rnm.sad_metrics(first, masks, new))
+            history = rnm.add_masks(history, new, step, step, refresh)
             masks = new
         rnm.save_masks(folder / "masks.npz", history, masks)
-    header = list(dict.fromkeys([*rnm.METRICS, *(key for row in rows for key in row)]))
+    header = list(dict.fromkeys([*rnm.METRICS, *(key for row in rows.values() for key in row)]))
     with open(folder / "metrics.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, header)
         writer.writeheader()
-        writer.writerows(rows)
-    evaluations = [[row["global_step"], row["eval/episodic_return"]] for row in rows[1:]]
+        writer.writerows(rows[step] for step in sorted(rows))
+    evaluations = [[step, row["eval/episodic_return"]] for step, row in rows.items() if step and not step % 3000]
     meta = {"run_name": folder.name, "n": n, "m": m if n else None, "args": args, "start": f"2026-01-0{seed}",
             "exit_reason": "finished", "final_score": rnm.final_score(evaluations), "params_active": 1000,
             "kernel": "nm", "flops_per_update": {"dense": 4e6, "sparse": 1e6}, "hardware": "a CPU", "threads": 1,
@@ -92,14 +93,44 @@ def test_probability_of_improvement_by_hand():
     assert sa.better(np.array([1, 2, 3]), np.array([0, 2])) == pytest.approx((1 + 1.5 + 2) / 6)
 
 
-def test_spearman_by_hand():
+def test_correlation_by_hand():
     x, y = np.array([1.0, 2, 3, 4, 5]), np.array([1.0, 4, 2, 8, 16])
-    rho, (low, high) = sa.spearman(x, y, 500)
+    rho, (low, high) = sa.correlation([np.stack([x, y], axis=1)], 500)  # of one group it is Spearman's
     assert rho == pytest.approx(1 - 6 * (0 + 1 + 1 + 0 + 0) / (5 * 24)) and low < rho <= high <= 1
-    assert "too few to correlate" in sa.correlation_text(np.array([[1, 2], [2, 3]]), 100)
-    assert "too few runs to conclude" in sa.correlation_text(np.stack([x, y], axis=1), 100)
+    up = np.array([[1, 1], [2, 2], [3, 3]], float)  # falls within each group, rises from one to the other
+    groups = [up * [1, -1], up * [1, -1] + [10, 10]]
+    assert sa.correlation(groups, 100)[0] == pytest.approx(-1)
+    assert sa.correlation([np.concatenate(groups)], 100)[0] > 0
+    text = sa.correlation_text(groups, 100)
+    assert text.startswith(
+        "rank correlation -1.00 (too few runs to conclude, 10 needed), 6 runs, within 2 configurations;"
+    )
+    assert "over all runs +0." in text
+    assert sa.correlation_text([np.array([[1, 2], [2, 3]])], 100) == "2 runs, too few to correlate"
+    assert sa.correlation_text([np.array([[0, 2], [0, 3], [0, 4]])], 100) == "0 runs, too few to correlate"
     many = np.arange(20.0)
-    assert sa.correlation_text(np.stack([many, -many], axis=1), 100) == "Spearman -1.00 [-1.00, -1.00], 20 runs"
+    assert (
+        sa.correlation_text([np.stack([many, -many], axis=1)], 100) == "rank correlation -1.00 [-1.00, -1.00], 20 runs"
+    )
+
+
+def test_settled_sad_has_one_window(rnm, tmp_path):
+    """Runs with several K are compared from the same step on, at which each has a mask that is not old."""
+    for k in (0, 100, 1000, 5000, 10_000):
+        make_run(rnm, tmp_path / f"k{k}", args={"mask_update_interval": k})
+    runs, _ = sa.load_all(sa.find_folders((str(tmp_path),)))
+    (study,), _ = sa.make_studies(runs)
+    assert study.window == 5000  # 10,000 is more than a quarter of 30,000
+    by_k = {run.args["mask_update_interval"]: run for run in runs}
+    assert np.isnan(by_k[10_000].settled_sad(study.window)) and by_k[0].settled_sad(study.window) == 0
+    topology = by_k[1000].topology
+    i = topology.steps.tolist().index(25_000)
+    wanted = np.mean([topology.pairwise[net][i, -1] for net in sa.NETS])
+    assert by_k[1000].settled_sad(study.window) == pytest.approx(wanted) and wanted > 0
+    (study,), _ = sa.make_studies([run for run in runs if run.args["mask_update_interval"] in (0, 100, 1000)])
+    assert study.window == 3000
+    texts = sa.correlation_texts(study, 100)
+    assert texts == ["1:4: 0 runs, too few to correlate"]  # one seed each; static masks are not in it at all
 
 
 def test_sad_age_and_settling_by_hand():
@@ -107,10 +138,11 @@ def test_sad_age_and_settling_by_hand():
     pairwise = sa.pairwise_sad(E)
     assert np.array_equal(pairwise, np.array([[0, 2, 4, 2], [2, 0, 2, 4], [4, 2, 0, 2], [2, 4, 2, 0]]) / 4)
     steps = np.array([0, 100, 200, 300])
-    share, age = sa.ever_and_age(E, steps)
+    share, age, least = sa.ever_and_age(E, steps)
     assert share.tolist() == [0.5, 0.75, 1.0, 1.0]
     # At 100: weight 0 since 0, weight 3 since after 0. At 200: 1 since after 100, 3 since 0. At 300: 1 (100), 2 (200).
     assert age.tolist() == [0.0, 100.0, 150.0, 150.0]
+    assert least.tolist() == [0.0, 50.0, 50.0, 50.0]  # new ones count from when they are seen
     assert np.isnan(sa.settled_step(pairwise, steps))  # the last snapshot but one is still far from the last
     near = np.array([[0, 0.5, 0.5, 0.5], [0.5, 0, 0.2, 0.2], [0.5, 0.2, 0, 0.05], [0.5, 0.2, 0.05, 0]])
     assert sa.settled_step(near, steps) == 200.0
@@ -164,9 +196,17 @@ def test_environments_are_pooled_relative_to_dense(rnm, monkeypatch, capsys, tmp
     code, _, err = run(monkeypatch, capsys, tmp_path / "runs", "--no-track", "--out", tmp_path / "a")
     assert code == 0, err
     table = pd.read_csv(tmp_path / "a/summary.csv")
-    pooled = table[table.setting.str.startswith("2 environments together")].iloc[0]
+    pooled = table[table.setting == "Ant-v4 + Hopper-v4, 30,000 steps: relative to dense"].iloc[0]
     assert pooled.of_dense == pytest.approx(1.4) and pooled.seeds == "3 + 3"  # (1.3, 1.4, 1.5) twice, trimmed
     assert 1.3 <= pooled.of_dense_low < 1.4 < pooled.of_dense_high <= 1.5
+    for env_id in ("Ant-v4", "Hopper-v4"):  # another setting, which is pooled for itself and says what it is
+        options = {"seed": 1, "args": {"env_id": env_id, "gamma": 0.9}}
+        make_run(rnm, tmp_path / f"runs/{env_id}_gd", n=None, score=50.0, **options)
+        make_run(rnm, tmp_path / f"runs/{env_id}_gs", score=100.0, **options)
+    assert run(monkeypatch, capsys, tmp_path / "runs", "--no-track", "--out", tmp_path / "b")[0] == 0
+    both = pd.read_csv(tmp_path / "b/summary.csv").set_index("setting")
+    assert both.of_dense["Ant-v4 + Hopper-v4, 30,000 steps, gamma 0.9: relative to dense"] == pytest.approx(2.0)
+    assert both.of_dense["Ant-v4 + Hopper-v4, 30,000 steps, gamma 0.99: relative to dense"] == pytest.approx(1.4)
     row = table[table.setting.str.startswith("Pendulum") & (table.configuration == "1:4")].iloc[0]
     assert np.isnan(row.of_dense) and row.p_better == 0  # a share of a negative return means nothing
 
@@ -204,7 +244,7 @@ def test_thinned_runs_tell_the_same(rnm, monkeypatch, capsys, tmp_path):
     steps = [f"settled_step_{net}" for net in sa.NETS]  # coarser in time
     pd.testing.assert_frame_equal(a.drop(columns=steps), b.drop(columns=steps))
     with np.load(tmp_path / "thin/sparse_1/masks.npz") as file:
-        assert file["global_step"].tolist() == [0, 600, 1200, 1800, 2400, 2700, 3000]
+        assert file["global_step"].tolist() == [0, 6000, 12000, 18000, 24000, 27000, 30000]
 
 
 def cut(path, size):
@@ -219,7 +259,8 @@ def infinite(path):
 
 def flip(path):
     data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 255
+    for i in range(len(data) // 2, len(data) // 2 + 100):  # whatever of the archive lies there
+        data[i] ^= 1
     path.write_bytes(bytes(data))
 
 
@@ -234,7 +275,7 @@ DAMAGE = {
     "a row less": ("metrics.csv ends at step", lambda d: cut(d / "metrics.csv", -3)),
     "another score": ("damaged: final score", lambda d: edit(d, final_score=1e9)),
     "other versions": ("mixed versions", lambda d: edit(d, resumed=[{"versions": {"mujoco": "3.3.0"}}])),
-    "a flipped bit": ("damaged: masks.npz: ", lambda d: flip(d / "masks.npz")),
+    "flipped bits": ("damaged: masks.npz: ", lambda d: flip(d / "masks.npz")),
     "no masks in it": ("damaged: masks.npz: ", lambda d: np.savez(d / "masks.npz", global_step=np.zeros(0, int))),
     "no arguments": (OTHER, lambda d: edit(d, args={})),
     "another pattern": ("mask that is not 2:4", lambda d: edit(d, n=2, m=4)),
@@ -287,9 +328,9 @@ def test_a_torn_line_and_a_doubled_row(rnm, tmp_path):
     folder = make_run(rnm, tmp_path / "a")
     path = folder / "metrics.csv"
     lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join([*lines[:3], *lines[2:], "3300,1"]))
+    path.write_text("".join([*lines[:3], *lines[2:], "33000,1"]))
     loaded = sa.load_run(folder)
-    assert loaded.metrics.index.is_unique and loaded.metrics.index[-1] == 3000
+    assert loaded.metrics.index.is_unique and loaded.metrics.index[-1] == 30_000
 
 
 def test_without_masks_and_without_sparse_runs(rnm, monkeypatch, capsys, tmp_path):
@@ -335,7 +376,7 @@ def test_runs_from_wandb(rnm, monkeypatch, capsys, tmp_path):
         job_type = None
 
         def __init__(self, folder):
-            self.id, self.folder = f"{folder.name}-1a2b", folder
+            self.id, self.name, self.folder = f"{folder.name}-1a2b", folder.name, folder
 
         def scan_history(self):
             rows = [
@@ -343,13 +384,19 @@ def test_runs_from_wandb(rnm, monkeypatch, capsys, tmp_path):
             ]
             return [{**row, "_step": i} for i, row in enumerate(rows[:5] + rows[3:])]
 
+        def files(self):
+            return [types.SimpleNamespace(name=path.name) for path in self.folder.iterdir()]
+
         def file(self, name):
+            if name == "masks.npz" and self.folder.name == "torn":
+                raise TimeoutError("the line is down")
             return CloudFile(self.folder / name)
 
     class Api:
         def runs(self, path):
             assert path == "me/mine"
-            return [*map(CloudRun, folders), types.SimpleNamespace(job_type="analysis")]
+            others = [types.SimpleNamespace(job_type=job) for job in ("analysis", "benchmark")]
+            return [*map(CloudRun, folders), *others]
 
     monkeypatch.setattr(wandb, "Api", Api)
     monkeypatch.setattr(sa, "FIGURES", {})
@@ -359,6 +406,15 @@ def test_runs_from_wandb(rnm, monkeypatch, capsys, tmp_path):
     code, *_ = run(monkeypatch, capsys, tmp_path / "cloud", "--no-track", "--out", tmp_path / "b")
     a, b = (pd.read_csv(tmp_path / name / "summary.csv") for name in "ab")
     pd.testing.assert_frame_equal(a, b)
+    running, torn = (make_run(rnm, tmp_path / f"new/{name}", seed=3) for name in ("running", "torn"))
+    (running / "meta.json").unlink()
+    folders += [running, torn]
+    code, out, err = run(monkeypatch, capsys, *argv, "--out", tmp_path / "a")
+    assert code == 0 and "skipped running: it has no meta.json, so it has not ended" in err
+    assert "skipped torn: can't be downloaded: the line is down" in err and "2 runs, 2 skipped" in out
+    folders[:] = [running]
+    code, _, err = run(monkeypatch, capsys, *argv, "--out", tmp_path / "a")
+    assert code == 2 and "error: no finished runs among 1 in mine" in err
 
 
 def test_offline_wandb_run(rnm, monkeypatch, capsys, tmp_path):
@@ -392,6 +448,45 @@ def test_references_and_labels(rnm, tmp_path):
     }
     (study,), unmatched = sa.make_studies([run for run in runs if run.name != "wide"])
     assert [name for name, _ in unmatched] == ["sparse"] and "dense, width 86" not in study.reference
+
+
+def test_other_machines_are_named(rnm, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sa, "FIGURES", {})
+    for seed in (1, 2):
+        make_run(rnm, tmp_path / f"runs/d{seed}", seed=seed, n=None, kernel="torch")
+        make_run(rnm, tmp_path / f"runs/s{seed}", seed=seed, hardware=f"CPU {seed}")
+    code, out, _ = run(monkeypatch, capsys, tmp_path / "runs", "--no-track", "--out", tmp_path / "a")
+    assert code == 0 and "- commit None, torch 2.13.0, gymnasium None, mujoco 3.4.0, numpy None\n" in out
+    assert "- kernel nm, on CPU 1, threads 1 or CPU 2, threads 1: 1:4\n" in out
+    assert "- kernel torch, on a CPU, threads 1: dense\n" in out
+    table = pd.read_csv(tmp_path / "a/summary.csv").set_index("configuration")
+    assert table.training_minutes["dense"] == 5 and np.isnan(table.training_minutes["1:4"])
+
+
+def test_figures_of_long_names_stay_apart(rnm, tmp_path):
+    changes = {"buffer_size": (10**5, 10**6), "exploration_noise": (0.1, 0.2), "learning_starts": (1000, 2000),
+               "policy_noise": (0.2, 0.3), "tau": (0.005, 0.006)}  # fmt: skip
+    for i in range(4):
+        args = {name: values[i % 2] for name, values in changes.items()} | {"tau": 0.005 + i / 1000}
+        make_run(rnm, tmp_path / str(i), args=args)
+    studies, _ = sa.make_studies(sa.load_all(sa.find_folders((str(tmp_path),)))[0])
+    assert len({study.file for study in studies}) == 4
+
+
+def test_a_glob_that_hits_other_files(rnm, monkeypatch, capsys, tmp_path):
+    make_run(rnm, tmp_path / "below/a")
+    (tmp_path / "notes.txt").write_text("")
+    assert run(monkeypatch, capsys, tmp_path / "n*", "--no-track")[0] == 2
+    assert sa.find_folders((str(tmp_path / "below/a/metrics.csv"),)) == [(tmp_path / "below/a").resolve()]
+
+
+def test_what_is_not_drawn_is_named(rnm, monkeypatch, capsys, tmp_path):
+    make_run(rnm, tmp_path / "runs/d", n=None)
+    make_run(rnm, tmp_path / "runs/s", args={"mask_update_interval": 0})
+    make_run(rnm, tmp_path / "runs/k", args={"mask_update_interval": 10**6})  # never refreshed either
+    code, out, err = run(monkeypatch, capsys, tmp_path / "runs", "--no-track", "--out", tmp_path / "a")
+    assert code == 0 and "(interval: of several K): sad, sad_layers, divergence, ages, sad_return\n" in err
+    assert "Settled SAD (from" not in out
 
 
 def test_thin_never_overwrites(rnm, monkeypatch, capsys, tmp_path):
