@@ -15,6 +15,10 @@ charts/update_ms in their metrics.csv; rows during warm-up and the first one aft
 and sbx-rl's TD3 (JAX) are timed where they are installed, with the same networks, batch and one update per step.
 """
 
+import os
+
+os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "20")  # numpy's waiting threads would spin into the next timings
+
 import contextlib
 import csv
 import ctypes
@@ -22,7 +26,6 @@ import importlib.util
 import itertools
 import json
 import math
-import os
 import platform
 import statistics
 import subprocess
@@ -32,6 +35,7 @@ import textwrap
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
@@ -63,8 +67,8 @@ class Args:
     """inputs and outputs of the square layers, each from 1 to 8192"""
     batch_sizes: tuple[int, ...] = (1, 256)
     """observations at a time, each from 1 to 65536; 1 is acting"""
-    patterns: tuple[str, ...] = ("2:4", "1:4", "1:8", "4:8", "2:8", "1:16")
-    """N:M patterns, N < M <= 32768"""
+    patterns: tuple[str, ...] = ()
+    """N:M patterns, N < M <= 32768: 2:4 1:4 1:8, and 4:8 2:8 1:16 for kernels, unless named"""
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     """float32, bfloat16 or both, of the dense products; N:M is float32 on a CPU, bfloat16 (where named) on a GPU"""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -77,8 +81,8 @@ class Args:
     env_id: str = "Ant-v4"
     """gymnasium id of the environment (--end-to-end)"""
     hidden_dims: tuple[int, ...] = (256,)
-    """units in each of the two hidden layers, each from 1 to 8192; of further widths only dense, 2:4, 1:4 and 1:8 are
-    timed, to see how the cost grows (--end-to-end)"""
+    """units in each of the two hidden layers, each from 1 to 8192; of further widths only dense and N:M are timed, to
+    see how the cost grows (--end-to-end)"""
     steps: int = 3000
     """environment steps with updates in each run, >= 2000; the first 1000 are not counted (--end-to-end)"""
     out: str | None = None
@@ -91,12 +95,20 @@ class Args:
     """W&B user or team"""
 
     def __post_init__(self) -> None:
+        self.patterns = self.patterns or ("2:4", "1:4", "1:8", *(() if self.end_to_end else ("4:8", "2:8", "1:16")))
+        for name in ("widths", "batch_sizes", "threads"):
+            setattr(self, name, tuple(sorted(set(getattr(self, name)))))
+        self.patterns = tuple(dict.fromkeys(self.patterns))
         kernels = "results/kernels" if self.device == "cpu" else "results/kernels_cuda"
         self.out = self.out or ("results/end_to_end" if self.end_to_end else kernels)
 
 
 class UserError(Exception):
     """Something that the user typed is wrong: one line, exit code 2."""
+
+
+class Fault(Exception):
+    """Not the user's doing, such as a full disk: one line, exit code 1."""
 
 
 def check_args(args: Args) -> None:
@@ -111,7 +123,7 @@ def check_args(args: Args) -> None:
             raise UserError(f"--{name.replace('_', '-')} takes numbers from {low} to {high}, not {values}")
     for pattern in args.patterns:
         n, _, m = pattern.partition(":")
-        if not (n.isdigit() and m.isdigit() and 1 <= int(n) < int(m) <= 32_768):
+        if not (f"{n}{m}".isascii() and n.isdecimal() and m.isdecimal() and 1 <= int(n) < int(m) <= 32_768):
             raise UserError(f"--patterns takes N:M with 1 <= N < M <= 32768, not {pattern}")
     if not args.dtypes or not {"float32", "bfloat16"}.issuperset(args.dtypes):
         raise UserError(f"--dtypes takes float32 and bfloat16, not {' '.join(args.dtypes)}")
@@ -209,14 +221,18 @@ int operations(void) { return 2 * W * CHAINS; }
 """
 
 
-def measure_limits() -> dict:
-    """One core: peak of fused multiply-adds from registers, GFLOP/s, and read bandwidth from memory, GB/s."""
+def measure_limits(threads: tuple[int, ...]) -> dict:
+    """Fused multiply-adds from registers on so many cores at once, GFLOP/s; what one core reads from memory, GB/s."""
     library, rounds, memory = load_kernels(PEAK), 1_000_000, torch.ones(64 * 2**20)
     library.multiply_add.argtypes, library.read_all.argtypes = [ctypes.c_long], [ctypes.c_void_p, ctypes.c_long]
-    peak = min(seconds(lambda: library.multiply_add(rounds), 1) for _ in range(9))
+    peaks = {}
+    for count in threads:
+        with ThreadPoolExecutor(count) as pool:  # ctypes lets other threads run
+            every = [rounds] * count
+            times = [seconds(lambda: list(pool.map(library.multiply_add, every)), 1) for _ in range(9)]  # noqa: B023
+        peaks[str(count)] = count * library.operations() * rounds / min(times) / 1e9
     read = min(seconds(lambda: library.read_all(memory.data_ptr(), memory.numel()), 1) for _ in range(5))
-    gflops = {"fp32": library.operations() * rounds / peak / 1e9}
-    return {"peak_gflops": gflops, "read_gbs": 4 * memory.numel() / read / 1e9}
+    return {"peak_gflops": {"fp32": peaks}, "read_gbs": 4 * memory.numel() / read / 1e9}
 
 
 def seconds(function: Callable[[], object], loops: int) -> float:
@@ -230,6 +246,21 @@ def seconds(function: Callable[[], object], loops: int) -> float:
     if gpu:
         torch.cuda.synchronize()
     return (time.perf_counter() - start) / loops
+
+
+def exact_products(W, bias, x, dy, E=None) -> dict[str, torch.Tensor]:
+    """The products in float64; grad-weight [out, in + 1], the last column for the bias, 0 where the mask E is False."""
+    W, bias, x, dy = (tensor.double() for tensor in (W, bias, x, dy))
+    W, mask = (W, 1) if E is None else (W * E, E)
+    grads = torch.cat([dy.T @ x * mask, dy.sum(0)[:, None]], dim=1)
+    return {"forward": x @ W.T + bias, "grad-input": dy @ W, "grad-weight": grads}
+
+
+def check(y: torch.Tensor, exact: torch.Tensor, implementation: str) -> str | None:
+    """What is wrong with a product, by the largest error over the largest number; bfloat16 and TF32 have few bits."""
+    exact = exact[:, : y.shape[1]]  # dense products are without the bias' gradient
+    error = float((y - exact).abs().max() / exact.abs().max())
+    return None if error <= (1e-5 if precision(implementation) == "fp32" else 1e-2) else f"error {error:.1e}"
 
 
 class Packed:
@@ -247,7 +278,7 @@ class Packed:
         self.acts = torch.empty(-(-batch // lanes) * lanes * self.plan.width)
         record = {"acts": self.acts.data_ptr()}
         calls = {
-            "forward": self.plan.call([x], flat, outs=[self.y], record=batch > 1, **record),
+            "forward": self.plan.call([x], flat, outs=[self.y], record=True, **record),
             "grad-input": self.plan.call([x], flat, douts=[dy], dx=(self.dx.data_ptr(), None), **record),
             "grad-weight": self.plan.call([x], flat, douts=[dy], grads=[self.grad], **record),
         }
@@ -258,25 +289,22 @@ class Packed:
             name: partial(lib.nm_forward if name == "forward" else lib.nm_backward, ctypes.byref(call))
             for name, call in calls.items()
         }
+        if batch == 1:  # acting, as the training script calls it
+            self.products = {"forward": lambda: self.keep(nm_mlp([self.net], x)[0])}
 
-    def errors(self, x: torch.Tensor, dy: torch.Tensor) -> dict[str, float]:
-        """max |y - y64| / max |y64| of each product; of one observation, which is not recorded, of forward alone."""
-        W, bias = self.layer.weight.detach().double(), self.layer.bias.detach().double()
-        names = PRODUCTS if len(x) > 1 else ("forward",)
-        for name in names:
-            self.products[name]()
-        wanted = {
-            "forward": (self.y, x.double() @ W.T + bias),
-            "grad-input": (self.dx, dy.double() @ W),
-            "grad-weight": (self.layer.packed(self.grad), (dy.double().T @ x.double()).gather(1, self.layer.index)),
-        }
-        return {
-            name: float((wanted[name][0] - y).abs().max() / y.abs().max()) for name in names for y in wanted[name][1:]
-        }
+    def keep(self, y: torch.Tensor) -> None:
+        self.y = y
+
+    def result(self, name: str) -> torch.Tensor:
+        """What the call before has written."""
+        if name != "grad-weight":
+            return self.y if name == "forward" else self.dx
+        grad = torch.zeros(self.layer.W.shape).scatter(1, self.layer.index, self.layer.packed(self.grad))
+        return torch.cat([grad, self.grad[-len(grad) :, None]], dim=1)
 
 
 def csr_products(packed: Packed, x: torch.Tensor, dy: torch.Tensor) -> dict[str, Callable]:
-    """torch's sparse CSR, which anyone could use, with operands laid out as it likes them."""
+    """torch's sparse CSR, which anyone could use, with operands laid out as it likes them: [features, B]."""
     W = packed.layer.weight.detach()
     warnings.filterwarnings("ignore", "Sparse CSR tensor support is in beta", UserWarning)
     rows, columns, bias = W.to_sparse_csr(), W.T.contiguous().to_sparse_csr(), packed.layer.bias.detach()[:, None]
@@ -289,16 +317,25 @@ def csr_products(packed: Packed, x: torch.Tensor, dy: torch.Tensor) -> dict[str,
 
 
 def dense_products(W, bias, x, dy) -> dict[str, Callable]:
+    """Into memory that is there already, as the kernels'; of one observation as acting calls it."""
+    if len(x) == 1:
+        return {"forward": lambda: F.linear(x, W, bias)}
+    y, dx, grad = (torch.empty_like(tensor) for tensor in (dy, x, W))
     return {
-        "forward": lambda: torch.addmm(bias, x, W.T),
-        "grad-input": lambda: torch.mm(dy, W),
-        "grad-weight": lambda: torch.mm(dy.T, x),
+        "forward": lambda: torch.addmm(bias, x, W.T, out=y),
+        "grad-input": lambda: torch.mm(dy, W, out=dx),
+        "grad-weight": lambda: torch.mm(dy.T, x, out=grad),
     }
 
 
 def numpy_products(W, bias, x, dy) -> dict[str, Callable]:
     W, bias, x, dy = (tensor.numpy() for tensor in (W, bias, x, dy))
-    return {"forward": lambda: x @ W.T + bias, "grad-input": lambda: dy @ W, "grad-weight": lambda: dy.T @ x}
+    y, dx, grad = (np.empty_like(array) for array in (dy, x, W))
+    return {
+        "forward": lambda: np.add(np.matmul(x, W.T, out=y), bias, out=y),
+        "grad-input": lambda: np.matmul(dy, W, out=dx),
+        "grad-weight": lambda: np.matmul(dy.T, x, out=grad),
+    }
 
 
 def layer_tensors(inputs: int, outputs: int, batch: int) -> list[torch.Tensor]:
@@ -309,33 +346,50 @@ def layer_tensors(inputs: int, outputs: int, batch: int) -> list[torch.Tensor]:
 
 
 def layer_functions(inputs: int, outputs: int, batch: int, args: Args) -> tuple[dict, list[str], list[str]]:
-    """(implementation, pattern, product) -> callable, kernels that are wrong, and what is not supported."""
-    W, bias, x, dy = layer_tensors(inputs, outputs, batch)
-    found, wrong = {}, []
+    """(implementation, pattern, product) -> callable, products that are wrong, and what is not supported."""
+    W, bias, x, dy = tensors = layer_tensors(inputs, outputs, batch)
+    found, wrong, unsupported = {}, [], []
 
-    def add(implementation: str, pattern: str, products: dict[str, Callable]) -> None:
-        wanted = PRODUCTS if batch > 1 else ("forward",)  # acting needs no gradients
-        found.update({(implementation, pattern, name): products[name] for name in wanted if name in products})
+    def add(implementation: str, pattern: str, products: dict, exact: dict, result=lambda _, y: torch.as_tensor(y)):
+        for name in PRODUCTS if batch > 1 else ("forward",):  # acting needs no gradients
+            if complaint := check(result(name, products[name]()), exact[name], implementation):
+                wrong.append(f"{implementation} {pattern} {name} of {inputs} to {outputs}, batch {batch}: {complaint}")
+            else:
+                found[implementation, pattern, name] = products[name]
 
+    exact = exact_products(*tensors)
     if "float32" in args.dtypes:
-        add("dense torch", "", dense_products(W, bias, x, dy))
-        add("dense again", "", dense_products(W, bias, x, dy))  # the machine's noise
-        add("dense numpy", "", numpy_products(W, bias, x, dy))
-    if "bfloat16" in args.dtypes:
-        add("dense bf16", "", dense_products(*(tensor.bfloat16() for tensor in (W, bias, x, dy))))
+        add("dense torch", "", dense_products(*tensors), exact)
+        add("dense numpy", "", numpy_products(*tensors), exact)
+    if "bfloat16" in args.dtypes and has_bf16():
+        rounded = [tensor.bfloat16() for tensor in tensors]
+        add("dense bf16", "", dense_products(*rounded), exact_products(*rounded))
+    elif "bfloat16" in args.dtypes:
+        unsupported.append("dense bf16: this CPU has no instructions for it")
     for pattern in args.patterns:
         n, m = map(int, pattern.split(":"))
         if m > inputs:
+            unsupported.append(f"{pattern} of {inputs} inputs: fewer than a group")
             continue
         packed = Packed(W, bias, x, dy, n, m)
-        bad = {name: error for name, error in packed.errors(x, dy).items() if not error <= 1e-5}
-        wrong += [f"{pattern} {name} of {inputs} to {outputs}, batch {batch}: error {bad[name]:.1e}" for name in bad]
-        add("N:M", pattern, {name: packed.products[name] for name in packed.products if name not in bad})
-        add("torch CSR", pattern, csr_products(packed, x, dy))
-    return found, wrong, []
+        exact = exact_products(*tensors, packed.layer.E)
+        add("N:M", pattern, packed.products, exact, lambda name, _, packed=packed: packed.result(name))
+        products = csr_products(packed, x, dy)
+        add("torch CSR", pattern, products, exact, lambda name, y: y.to_dense() if name == "grad-weight" else y.T)
+    if "float32" in args.dtypes:
+        add("dense again", "", dense_products(*tensors), exact_products(*tensors))  # the machine's noise, last of all
+    return found, wrong, unsupported
 
 
-def time_in_turns(functions: dict, repetitions: int) -> dict[tuple, list[float]]:
+def has_bf16() -> bool:
+    """Whether the CPU computes in bfloat16; without, torch does so slowly."""
+    try:
+        return "bf16" in Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.machine() == "arm64"  # Apple's, from M2 on
+
+
+def time_in_turns(functions: dict, repetitions: int, pause: float = 0.002) -> dict[tuple, list[float]]:
     """Seconds per call of each function, one value for each repetition; all are timed in turns."""
     loops = {}
     for key, function in functions.items():
@@ -344,7 +398,7 @@ def time_in_turns(functions: dict, repetitions: int) -> dict[tuple, list[float]]
     times = {key: [] for key in functions}
     for _ in range(repetitions):
         for key, function in functions.items():
-            time.sleep(0.002)  # waiting threads of the one before give up their cores
+            time.sleep(pause)  # waiting threads of the one before give up their cores
             set_precision(key[0])
             function()
             times[key].append(seconds(function, loops[key]))
@@ -364,9 +418,10 @@ BASES = {"x_torch_fp32": ("dense torch", "dense fp32"), "x_best_fp32": ("dense t
          "x_tf32": ("dense TF32",), "x_bf16": ("dense bf16",)}  # fmt: skip
 
 
+@torch.no_grad()
 def measure_layers(args: Args, content: dict, threads: int, bar: tqdm) -> None:
     """Add rows of results for every layer and batch size to `content`, and what is wrong or not supported."""
-    peaks, rows, make_functions = content["conditions"]["peak_gflops"], [], layer_functions
+    make_functions = layer_functions
     if args.device == "cuda":
         make_functions = gpu_functions
     else:
@@ -378,34 +433,37 @@ def measure_layers(args: Args, content: dict, threads: int, bar: tqdm) -> None:
         functions, wrong, unsupported = make_functions(inputs, outputs, batch, args)
         content["wrong"] += wrong
         content["unsupported"] += unsupported
-        times, rows = time_in_turns(functions, args.repetitions), []
-        for implementation, pattern in dict.fromkeys(key[:2] for key in functions):
-            own = {
-                product: times[implementation, pattern, product]
-                for product in PRODUCTS
-                if (implementation, pattern, product) in times
-            }
-            if len(own) == len(PRODUCTS):
-                own["all three"] = [sum(values) for values in zip(*own.values(), strict=True)]
-            n, m = map(int, pattern.split(":")) if pattern else (1, 1)
-            kept = outputs * (n * (inputs // m) + min(n, inputs % m))
-            calls = GRAPH_CALLS if implementation.endswith(", graph") else 1
-            peak = peaks.get(precision(implementation), math.nan) * threads
-            for product, values in own.items():
-                low, middle, high = np.percentile(values, [25, 50, 75]) / calls
-                gflops = 2 * batch * kept * (3 if product == "all three" else 1) / middle / 1e9
-                row = {"inputs": inputs, "outputs": outputs, "batch": batch, "threads": threads, "product": product}
-                row |= {"implementation": implementation, "pattern": pattern}
-                numbers = {"us": middle * 1e6, "us_q1": low * 1e6, "us_q3": high * 1e6, "gflops": gflops}
-                rows.append(row | shorten(numbers | {"share_of_peak": gflops / peak}))
-        dense = {(row["implementation"], row["product"]): row["us"] for row in rows if not row["pattern"]}
-        for row in rows:
-            mode = "".join(row["implementation"].partition(",")[1:])
-            for name, bases in BASES.items():
-                found = [dense[base + mode, row["product"]] for base in bases if (base + mode, row["product"]) in dense]
-                row |= shorten({name: min(found, default=math.nan) / row["us"]})
-        content["layers"] += rows
+        times = time_in_turns(functions, args.repetitions, 0.002 if threads == 1 else 0.008)
+        place = {"inputs": inputs, "outputs": outputs, "batch": batch, "threads": threads}
+        content["layers"] += layer_rows(times, place, content["conditions"]["peak_gflops"])
         bar.update()
+
+
+def layer_rows(times: dict[tuple, list[float]], place: dict, peaks: dict) -> list[dict]:
+    """Medians, quartiles and ratios of what time_in_turns measured for one layer."""
+    rows, (inputs, outputs, batch, threads) = [], place.values()
+    for implementation, pattern in dict.fromkeys(key[:2] for key in times):
+        keys = {name: (implementation, pattern, name) for name in PRODUCTS}
+        own = {name: times[key] for name, key in keys.items() if key in times}
+        if len(own) == len(PRODUCTS):
+            own["all three"] = [sum(values) for values in zip(*own.values(), strict=True)]
+        n, m = map(int, pattern.split(":")) if pattern else (1, 1)
+        kept = outputs * (n * (inputs // m) + min(n, inputs % m))
+        calls = GRAPH_CALLS if implementation.endswith(", graph") else 1
+        peak = peaks.get(precision(implementation), {}).get(str(threads), math.nan)
+        for product, values in own.items():
+            low, middle, high = np.percentile(values, [25, 50, 75]) / calls
+            gflops = 2 * batch * kept * (3 if product == "all three" else 1) / middle / 1e9
+            row = place | {"product": product, "implementation": implementation, "pattern": pattern}
+            numbers = {"us": middle * 1e6, "us_q1": low * 1e6, "us_q3": high * 1e6, "gflops": gflops}
+            rows.append(row | shorten(numbers | {"share_of_peak": gflops / peak}))
+    dense = {(row["implementation"], row["product"]): row["us"] for row in rows if not row["pattern"]}
+    for row in rows:
+        mode = "".join(row["implementation"].partition(",")[1:])
+        for name, bases in BASES.items():
+            found = [dense[base + mode, row["product"]] for base in bases if (base + mode, row["product"]) in dense]
+            row |= shorten({name: min(found, default=math.nan) / row["us"]})
+    return rows
 
 
 def shorten(numbers: dict[str, float]) -> dict[str, float | None]:
@@ -413,7 +471,7 @@ def shorten(numbers: dict[str, float]) -> dict[str, float | None]:
     return {key: float(f"{value:.4g}") if math.isfinite(value) else None for key, value in numbers.items()}
 
 
-def measure_actor(args: Args) -> list[dict]:
+def measure_actor(args: Args, content: dict) -> None:
     """A whole policy as a robot would run it, one observation at a time: 105 inputs, two layers of 256, 8 outputs."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -433,47 +491,47 @@ def measure_actor(args: Args) -> list[dict]:
         for layer in net.children():  # as sparsify does it
             layer.start, start = start, start + len(layer.flat)
             layer.flat = flat
-        net.plans = {}
-        packed = sum(4 * b + layer.index.numel() * (4 + (1 if m <= 256 else 2) * (i < 2))
-                     for i, (layer, (_, b)) in enumerate(zip(net.children(), sizes, strict=True)))  # fmt: skip
-        calls["N:M", pattern] = (lambda net=net: nm_mlp([net], x), packed)
+        net.plans, y = {}, x.double()
+        for i, layer in enumerate(net.children()):
+            y = F.linear(y.relu() if i else y, layer.weight.double(), layer.bias.double())
+        size = 4 * len(flat) + 2 * sum(layer.index.numel() for layer in net.children())  # indices are uint16
+        with torch.no_grad():
+            complaint = check(nm_mlp([net], x)[0], y, "N:M")
+        if complaint:
+            content["wrong"].append(f"{pattern} actor: {complaint}")
+        else:
+            calls["N:M", pattern] = (lambda net=net: nm_mlp([net], x), size)
     times = {key: [] for key in calls}
     with torch.no_grad():
         for _ in range(300 * args.repetitions):
             for key, (call, _) in calls.items():
                 call()
                 times[key].append(seconds(call, 1) * 1e6)
-    rows = []
     for (implementation, pattern), values in times.items():
         p50, p99 = np.percentile(values, [50, 99])
-        rows.append({"implementation": implementation, "pattern": pattern, "p50_us": p50, "p99_us": p99,
-                     "bytes": calls[implementation, pattern][1]})  # fmt: skip
-    return rows
+        row = {"implementation": implementation, "pattern": pattern} | shorten({"p50_us": p50, "p99_us": p99})
+        content["actor"].append(row | {"bytes": calls[implementation, pattern][1]})
 
 
-def measure_masks(args: Args, layers: list[dict]) -> list[dict]:
+def measure_masks(args: Args, content: dict) -> None:
     """Cost of a new mask of a square layer, and its share of training that layer at several K."""
     torch.set_num_threads(1)
-    rows = []
-    wanted = {"implementation": "N:M", "product": "all three", "threads": min(args.threads)}
-    found = [row for row in layers if all(row[key] == value for key, value in wanted.items())]
-    trained = {(row["inputs"], row["pattern"]): row["us"] for row in found if row["inputs"] == row["outputs"]}
-    for width, pattern in itertools.product(args.widths, args.patterns):
-        if (width, pattern) not in trained:
-            continue
-        n, m = map(int, pattern.split(":"))
+    wanted = {"implementation": "N:M", "product": "all three", "threads": args.threads[0]}
+    wanted["batch"] = args.batch_sizes[-1]
+    found = [row for row in content["layers"] if wanted.items() <= row.items() and row["inputs"] == row["outputs"]]
+    for trained in found:
+        width, pattern, batch = (trained[key] for key in ("inputs", "pattern", "batch"))
         net = nn.Module()
-        net.fc1, net.plans = NMLinear(nn.Linear(width, width), n, m), {}
-        loops = max(1, int(1e5 / width**2))
-        project_us, index_us = (
-            min(seconds(call, loops) for _ in range(3)) * 1e6
-            for call in (lambda net=net, n=n, m=m: project(net.fc1.W, n, m), lambda net=net: Plan([net]))
-        )
-        row = {"width": width, "pattern": pattern, "project_us": project_us, "index_us": index_us}
-        for interval in INTERVALS:
-            row[f"share_at_K_{interval}"] = (project_us + index_us) / (interval * trained[width, pattern])
-        rows.append(row)
-    return rows
+        net.fc1, net.plans = NMLinear(nn.Linear(width, width), *map(int, pattern.split(":"))), {}
+
+        def rebuild(net=net, layer=net.fc1):  # the index, also by columns
+            layer.index.copy_(layer.E.nonzero()[:, 1].view_as(layer.index))
+            Plan([net])
+
+        calls = {"project_us": lambda layer=net.fc1: project(layer.W, layer.n, layer.m), "index_us": rebuild}
+        times = {key: statistics.median(values) * 1e6 for key, values in time_in_turns(calls, args.repetitions).items()}
+        shares = {f"share_at_K_{k}": sum(times.values()) / (k * trained["us"]) for k in INTERVALS}
+        content["masks"].append({"width": width, "pattern": pattern, "batch": batch} | shorten(times | shares))
 
 
 # --- Products of one layer on a GPU -------------------------------------------------------------------------------
@@ -488,7 +546,7 @@ def gpu_limits() -> dict:
         W = torch.randn(8192, 8192, device="cuda").to(kind)
         set_precision(name)
         W @ W
-        peaks[name] = 2 * 8192**3 / min(seconds(lambda W=W: W @ W, 3) for _ in range(3)) / 1e9
+        peaks[name] = {"1": 2 * 8192**3 / min(seconds(lambda W=W: W @ W, 3) for _ in range(3)) / 1e9}
     copy = min(seconds(lambda: memory.clone(), 3) for _ in range(3))
     return {"peak_gflops": peaks, "read_gbs": 2 * 4 * memory.numel() / copy / 1e9}
 
@@ -508,7 +566,7 @@ def graphed(implementation: str, function: Callable[[], object]) -> Callable[[],
 
 
 def sparse_products(W, bias, x, dy) -> dict[str, Callable]:
-    """Products with W on sparse tensor cores through cuSPARSELt; CUTLASS's refuse Hopper."""
+    """Products with W on sparse tensor cores through cuSPARSELt, default algorithm; CUTLASS's refuse Hopper."""
     sparse = torch.sparse.SparseSemiStructuredTensorCUSPARSELT.from_dense(W)
     return {"forward": lambda: F.linear(x, sparse, bias), "grad-input": lambda: torch.mm(dy, sparse)}
 
@@ -517,48 +575,43 @@ def gpu_functions(inputs: int, outputs: int, batch: int, args: Args, device: str
     """layer_functions for a GPU, each callable also in a CUDA graph. A 1:4 or 1:8 mask is a legal 2:4 mask."""
     tensors = [tensor.to(device) for tensor in layer_tensors(inputs, outputs, batch)]
     found, wrong, unsupported = {}, [], []
-    wanted = PRODUCTS if batch > 1 else ("forward",)
 
-    def add(implementation: str, pattern: str, products: dict[str, Callable], exact: dict | None = None) -> None:
-        for product in wanted:
+    def add(implementation: str, pattern: str, products: dict[str, Callable], exact: dict) -> None:
+        for product in PRODUCTS if batch > 1 else ("forward",):
             name = f"{implementation} {pattern} {product}"
             if product not in products:
                 unsupported.append(f"{name}: no such product in the library")
                 continue
+            set_precision(implementation)
             try:
-                y = products[product]()
-                error = float((y - exact[product]).abs().max() / exact[product].abs().max()) if exact else 0
-                if not error <= 0.01:  # bfloat16 has 8 bits
-                    wrong.append(f"{name} of {inputs} to {outputs}, batch {batch}: error {error:.1e}")
+                complaint = check(products[product](), exact[product], implementation)
+                if complaint:
+                    wrong.append(f"{name} of {inputs} to {outputs}, batch {batch}: {complaint}")
                     continue
-                replay = graphed(implementation, products[product])
+                found[implementation, pattern, product] = products[product]
+                found[f"{implementation}, graph", pattern, product] = graphed(implementation, products[product])
             except (RuntimeError, NotImplementedError, ValueError) as error:
-                unsupported.append(f"{name}: {first_line(error)}")
-                continue
-            found[implementation, pattern, product] = products[product]
-            found[f"{implementation}, graph", pattern, product] = replay
+                unsupported.append(f"{name}: {first_line(error.__context__ or error)}")
 
     if "float32" in args.dtypes:
-        for name in ("dense fp32", "dense again", "dense TF32"):
-            add(name, "", dense_products(*tensors))
+        for name in ("dense fp32", "dense TF32", "dense again"):
+            add(name, "", dense_products(*tensors), exact_products(*tensors))
     if "bfloat16" not in args.dtypes:
         return found, wrong, unsupported
-    W, bias, x, dy = (tensor.bfloat16() for tensor in tensors)
-    add("dense bf16", "", dense_products(W, bias, x, dy))
+    W, bias, x, dy = rounded = [tensor.bfloat16() for tensor in tensors]
+    add("dense bf16", "", dense_products(*rounded), exact_products(*rounded))
     for pattern in args.patterns:
         n, m = map(int, pattern.split(":"))
-        kept = project(W, n, m)
-        masked = W * kept
-        if (kept & ~project(masked, 2, 4)).any():
+        E = project(W, n, m)
+        if (E & ~project(W * E, 2, 4)).any():
             unsupported.append(f"sparse bf16 {pattern}: not 2:4, which keeps at most two of four weights")
             continue
-        exact = {"forward": x.double() @ masked.double().T + bias.double(), "grad-input": dy.double() @ masked.double()}
         try:
-            products = sparse_products(masked, bias, x, dy)
+            products = sparse_products(W * E, bias, x, dy)
         except (RuntimeError, NotImplementedError, ValueError) as error:
             unsupported.append(f"sparse bf16 {pattern}: {first_line(error)}")
             continue
-        add("sparse bf16", pattern, products, exact)
+        add("sparse bf16", pattern, products, exact_products(*rounded, E))
     return found, wrong, unsupported
 
 
@@ -567,9 +620,10 @@ def gpu_functions(inputs: int, outputs: int, batch: int, args: Args, device: str
 
 def print_layers(rows: list[dict], device: str) -> None:
     """A table for each layer, 100 columns wide."""
-    best = "best: the faster of torch's and numpy's dense fp32" if device == "cpu" else "TF32: torch's dense TF32"
-    print(f"x: times as fast as torch's dense fp32; {best}; bf16: torch's dense bf16.")
-    print("GFLOP/s: of the weights kept; peak: share of the limit above in the same precision.")
+    best = "best: as torch's or numpy's" if device == "cpu" else "TF32: as torch in TF32"
+    print(f"x: times as fast as torch's dense fp32; {best}; bf16: as torch in bf16.")
+    print("GFLOP/s: of the weights kept. peak: share of the limit above in the same precision.")
+    print("Batch 1 is acting, forward as called from Python. Other batches: bare products, memory at hand.")
     others = ("x_best_fp32", "x_bf16") if device == "cpu" else ("x_tf32", "x_bf16")
     places = itertools.groupby(rows, key=lambda row: (row["inputs"], row["outputs"], row["batch"], row["threads"]))
     for (inputs, outputs, batch, threads), group in places:
@@ -582,10 +636,10 @@ def print_layers(rows: list[dict], device: str) -> None:
         lines = itertools.groupby(group, key=lambda row: (row["implementation"], row["pattern"]))
         for (implementation, pattern), cells in lines:
             cells = {row["product"]: row for row in cells}
-            name, comma, mode = implementation.partition(",")
-            line = f"{f'{name} {pattern}'.strip() + comma + mode:22}"
+            name, _, mode = implementation.partition(",")
+            line = f"{' '.join(f'{name} {pattern}{mode}'.split()):22}"
             for row in map(cells.get, products):
-                line += f"{row['us']:>7,.0f}{factor(row['x_torch_fp32'])}" if row else " " * 13
+                line += f"{row['us']:>7,.{int(row['us'] < 100)}f}{factor(row['x_torch_fp32'])}" if row else " " * 13
             if row := cells.get(products[-1]):
                 share = "" if row["share_of_peak"] is None else f"{row['share_of_peak']:.0%}"
                 line += f"{factor(row[others[0]])}{factor(row[others[1]])}{row['gflops']:8,.0f}{share:>6}"
@@ -661,37 +715,40 @@ def draw_speedup(rows: list[dict], args: Args, threads: int) -> Figure | None:
 def benchmark_kernels(args: Args) -> int:
     """Measure, print and write everything but whole training runs. Ctrl-C keeps what is measured."""
     out, gpu = make_folder(args.out), args.device == "cuda"
+    threads, code = (1,) if gpu else args.threads, 0
+    content = {"conditions": conditions(args), "layers": [], "actor": [], "masks": [], "wrong": [], "unsupported": []}
     try:
-        limits = gpu_limits() if gpu else measure_limits()
-    except OSError as error:
-        raise UserError(f"the N:M kernels need a C compiler: {first_line(error)}") from None
-    content = {"conditions": conditions(args) | limits, "layers": [], "actor": [], "masks": [], "wrong": []}
-    content["unsupported"] = []
-    print("\n".join(textwrap.wrap(describe(content["conditions"]), 100)))
-    threads = (1,) if gpu else dict.fromkeys(args.threads)
-    code, count = 0, len(threads) * (1 + len(args.widths)) * len(args.batch_sizes)
-    with tqdm(total=count, unit="layer", disable=not sys.stderr.isatty()) as bar:
-        try:
+        content["conditions"] |= gpu_limits() if gpu else measure_limits(threads)
+        print("\n".join(textwrap.wrap(describe(content["conditions"]), 100)))
+        count = len(threads) * (1 + len(args.widths)) * len(args.batch_sizes)
+        with tqdm(total=count, unit="layer", disable=not sys.stderr.isatty()) as bar:
             for number in threads:
                 measure_layers(args, content, number, bar)
             if not gpu:
-                content["actor"] = measure_actor(args)
-                content["masks"] = measure_masks(args, content["layers"])
-        except KeyboardInterrupt:
-            code = 130
+                bar.set_description("actor and masks")
+                measure_actor(args, content)
+                measure_masks(args, content)
+    except OSError as error:
+        raise UserError(f"the N:M kernels need a C compiler: {first_line(error)}") from None
+    except KeyboardInterrupt:
+        code = 130
+        if not content["layers"]:
+            return code
     noise = [abs(math.log(row["x_torch_fp32"])) for row in content["layers"] if row["implementation"] == "dense again"]
     if noise:
-        content["noise"] = {"median": statistics.median(noise), "worst": max(noise)}
+        numbers = zip(("median", "p90", "worst"), np.percentile(noise, [50, 90, 100]), strict=True)
+        content["noise"] = shorten(dict(numbers))
     report_kernels(args, content, out)
     return 1 if content["wrong"] else code
 
 
 def describe(conditions: dict) -> str:
     """Machine, limits, versions and date in one sentence."""
-    peaks = ", ".join(f"{peak:,.0f} GFLOP/s {kind}" for kind, peak in conditions["peak_gflops"].items())
+    peaks = [f"{peak:,.0f} GFLOP/s {kind}{f' on {count} cores' * (count != '1')}"
+             for kind, found in conditions["peak_gflops"].items() for count, peak in found.items()]  # fmt: skip
     versions = ", ".join(f"{name} {number}" for name, number in conditions["versions"].items() if number)
     cpu = f"one of {conditions['cores']} cores of {conditions['cpu']} ({conditions['capability']})"
-    machine = f"{conditions['gpu'] or cpu}: {peaks}, {conditions['read_gbs']:.0f} GB/s"
+    machine = f"{conditions['gpu'] or cpu}: {', '.join(peaks)}, {conditions['read_gbs']:.0f} GB/s read"
     return f"{machine}; {versions}; {conditions['date']}, commit {conditions['commit']}"
 
 
@@ -705,10 +762,11 @@ def report_kernels(args: Args, content: dict, out: Path) -> None:
             name = f"{row['implementation']} {row['pattern']}"
             print(f"{name:16} p50 {row['p50_us']:6.1f}  p99 {row['p99_us']:6.1f}  {row['bytes'] / 1024:6.0f} KiB")
     if content["masks"]:
-        print("\nA new mask of a square layer, and its share of that layer's training (three products) at several K")
+        batch = content["masks"][0]["batch"]
+        print(f"\nA new mask of a square layer, and its share of that layer's three products at batch {batch} at K")
         for row in content["masks"]:
             shares = "  ".join(f"K {k:,}: {row[f'share_at_K_{k}']:6.2%}" for k in INTERVALS)
-            costs = f"project {row['project_us']:9,.0f} us  index {row['index_us']:8,.0f} us"
+            costs = f"project {row['project_us']:8,.0f} us  index {row['index_us']:7,.0f} us"
             print(f"{row['width']:5} {row['pattern']:5} {costs}  {shares}")
     print("\nN:M pays from this width on (batch 1: forward; -: not up to the widest)")
     for base in BASES:
@@ -717,17 +775,12 @@ def report_kernels(args: Args, content: dict, out: Path) -> None:
             print(f"{'against dense ' + NAMES[base]:26} batch {batch:<5} threads {threads:<3} {found}")
     if "noise" in content:
         noise = content["noise"]
-        print(f"\nnoise: dense against itself differs by {noise['median']:.1%} (median), {noise['worst']:.1%} (worst)")
-        if noise["median"] > 0.1:
-            print("warning: too noisy to conclude from differences of less than 20 %; run again on an idle machine")
+        print(f"\nnoise: dense against itself differs by {describe_noise(noise)}")
+        if noise["p90"] > 0.1:
+            print(f"warning: too noisy to conclude from less than {2 * noise['p90']:.0%}; run on an idle machine")
     for title, complaints in (("WRONG, not timed", content["wrong"]), ("not supported", content["unsupported"])):
         for complaint in dict.fromkeys(complaints):
             print(f"{title}: {complaint}")
-    if rows:
-        with open(out / "results.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
     figures = {}
     for threads in dict.fromkeys(row["threads"] for row in rows):
         if figure := draw_speedup(rows, args, threads):
@@ -748,9 +801,8 @@ def summarize_kernels(content: dict) -> str:
     patterns = list(dict.fromkeys(row["pattern"] for row in rows if row["pattern"]))
     lines = [f"{describe(conditions)}.", ""]
     if "noise" in content:
-        lines += [f"Dense against itself differed by {content['noise']['median']:.1%} (median), "
-                  f"{content['noise']['worst']:.1%} (worst).", ""]  # fmt: skip
-    if "float32" in conditions["args"]["dtypes"]:
+        lines += [f"Dense against itself differed by {describe_noise(content['noise'])}.", ""]
+    if bases:
         versus = " / ".join(f"dense {NAMES[base]}" for base in bases)
         lines += [f"Times as fast as {versus}: all three products of a layer (batch 1: forward).", ""]
     lines.append(f"| layer | batch | {'threads | ' * cpu}{' | '.join(patterns)} |")
@@ -784,15 +836,31 @@ def summarize_kernels(content: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def describe_noise(noise: dict[str, float]) -> str:
+    return f"{noise['median']:.1%} (median), {noise['p90']:.1%} (one in ten by more), {noise['worst']:.1%} (worst)"
+
+
 def write_report(args: Args, content: dict, out: Path, summary: str, figures: dict, tables: dict) -> None:
-    (out / "results.json").write_text(json.dumps(content, indent=1) + "\n")
-    (out / "summary.md").write_text(summary)
-    for name, figure in figures.items():
-        for kind in ("png", "svg"):
-            figure.savefig(out / f"{name}.{kind}", dpi=200)
+    """results.json, results.csv (the first table), summary.md, figures; a full disk leaves what was printed."""
+    facts = {key: content["conditions"][key] for key in ("cpu", "gpu", "date", "commit")}
+    rows = [row | facts | {"torch": content["conditions"]["versions"]["torch"]} for row in next(iter(tables.values()))]
+    try:
+        (out / "results.json").write_text(json.dumps(content, indent=1) + "\n")
+        with open(out / "results.csv", "w", newline="") as file:
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+        (out / "summary.md").write_text(summary)
+        for old in (*out.glob("speedup*"), *out.glob("end_to_end.*")):
+            old.unlink()
+        for name, figure in figures.items():
+            for kind in ("png", "svg"):
+                figure.savefig(out / f"{name}.{kind}", dpi=200)
+    except OSError as error:
+        raise Fault(f"{out} can't be written: {error}") from None
     if args.track:
         log_wandb(args, "benchmark", out, tables, [out / f"{name}.png" for name in figures])
-    print(f"written: results.json, summary.md{', results.csv' * ('layers' in tables)} and figures in {out}")
+    print(f"written: results.json, results.csv, summary.md and figures in {out}")
 
 
 # --- Whole training runs ------------------------------------------------------------------------------------------
@@ -844,12 +912,13 @@ def configurations(args: Args) -> dict[str, tuple[list[str], int, int]]:
         script = [*scripts["rnm"], f"--n={n}", f"--m={m}"] if n else scripts["dense"]
         return [*script, f"--hidden-dim={hidden}", *extra]
 
-    patterns = {"dense": "", "2:4": "2:4", "1:4": "1:4", "1:8": "1:8"}
+    patterns = {"dense": ""} | {pattern: pattern for pattern in args.patterns}
+    last = args.patterns[-1]
     found = {label: (train(pattern), few, 1) for label, pattern in patterns.items()}
-    found["1:8, --kernel torch"] = (train("1:8", hidden, "--kernel=torch"), few, 1)
-    if torch.backends.cpu.get_cpu_capability() == "AVX512" or platform.machine() != "x86_64":
+    found[f"{last}, --kernel torch"] = (train(last, hidden, "--kernel=torch"), few, 1)
+    if has_bf16():
         found["dense, bf16 autocast"] = (["-c", BF16, *train("")], few, 1)
-    narrow = round(hidden * 0.336)
+    narrow = max(1, round(hidden * 0.336))
     found[f"dense, width {narrow}"] = (train("", narrow), few, 1)
     peers = {"SB3": ("sb3", "stable_baselines3"), "SBX (JAX)": ("sbx", "sbx")}
     peers = {label: name for label, (name, module) in peers.items() if importlib.util.find_spec(module)}
@@ -859,10 +928,10 @@ def configurations(args: Args) -> dict[str, tuple[list[str], int, int]]:
         for label, name in peers.items():
             peer = ["-c", PEER, name, args.env_id, str(hidden), str(args.steps), str(most)]
             found[f"{label}, {most} threads"] = (peer, most, 1)
-        for label in ("dense", "1:8"):
+        for label in ("dense", last):
             found[f"{label}, {most} threads"] = (train(patterns[label]), most, 1)
     if CORES >= 2 * few:
-        found["1:8, two runs at once"] = (train("1:8"), few, 2)
+        found[f"{last}, two runs at once"] = (train(last), few, 2)
     for wide in args.hidden_dims[1:]:
         for label, pattern in patterns.items():
             found[f"{label}, hidden {wide}"] = (train(pattern, wide), few, 1)
@@ -945,12 +1014,14 @@ def report_training(args: Args, results: dict[str, list[tuple]], out: Path) -> N
     for row in table:
         print(f"{row[0]:26}" + "".join(f"{cell:>10}" for cell in row[1:]))
     figures = {"end_to_end": draw_training(args, {label: [run[0] for run in runs] for label, runs in results.items()})}
-    tables = {"training": [dict(zip(table[0], row, strict=True)) for row in table[1:]]}
+    names = ("steps_per_second", "ms_per_update", "peak_mib")
+    tables = {"runs": [{"configuration": label, "repetition": i} | dict(zip(names, run, strict=True))
+                       for label, runs in results.items() for i, run in enumerate(runs)]}  # fmt: skip
     write_report(args, content, out, summarize_training(content), figures, tables)
 
 
 def tabulate_training(content: dict) -> list[list[str]]:
-    """Header and rows of text, one for each configuration; ratios of medians, to twins of its width and cores."""
+    """Header and rows of text, one for each configuration; ratios of medians, to twins of its width and device."""
     results = content["rate_update_ms_peak_mib"]
     median = {label: statistics.median(rate for rate, *_ in runs) for label, runs in results.items()}
     others = [label for label in ("dense", "SB3", "SBX (JAX)") if label in median]
@@ -958,9 +1029,10 @@ def tabulate_training(content: dict) -> list[list[str]]:
     for label, runs in results.items():
         rates, update = [rate for rate, *_ in runs], [ms for _, ms, _ in runs if ms is not None]
         memory = statistics.median(mib for *_, mib in runs)
-        kind = label.partition(", ")[2]  # against what has the same width and as many cores
+        kind = label.partition(", ")[2]  # against what has the same width, as many cores, or is on the GPU too
         kind = f"{2 * min(content['conditions']['args']['threads'])} threads" if kind == "two runs at once" else kind
-        twins = [f"{other}, {kind}" if kind.startswith("hidden") or "threads" in kind else other for other in others]
+        alike = kind.startswith("hidden") or kind.endswith("threads") or kind == "GPU"
+        twins = [f"{other}, {kind}" if alike else other for other in others]
         ratios = [f"{median[label] / median[twin]:.2f}" if twin in median else "" for twin in twins]
         ms = f"{statistics.median(update):.2f}" if update else ""
         table.append(
@@ -1012,6 +1084,8 @@ def draw_training(args: Args, rates: dict[str, list[float]]) -> Figure:
 def make_folder(path: str) -> Path:
     try:
         Path(path).mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=path) as probe:
+            probe.write(b"x")
     except OSError as error:
         raise UserError(f"--out {path} can't be written: {error}") from None
     return Path(path)
@@ -1687,9 +1761,9 @@ def main() -> int:
         args = tyro.cli(Args, description=__doc__)
         check_args(args)
         return benchmark_training(args) if args.end_to_end else benchmark_kernels(args)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    except (UserError, Fault) as error:
+        print(f"error: {first_line(error)}", file=sys.stderr)
+        return 2 if isinstance(error, UserError) else 1
 
 
 if __name__ == "__main__":

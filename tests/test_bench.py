@@ -73,8 +73,8 @@ def test_ratios_and_failures(monkeypatch, tmp_path, capsys):
 
 
 BAD = [("--steps", 1), ("--repetitions", 0), ("--threads", 999), ("--env-id", "No-v0"), ("--widths", 0),
-       ("--batch-sizes", 0), ("--patterns", "8:4"), ("--patterns", "two"), ("--dtypes", "float16"),
-       ("--hidden-dims", 0), ("--device", "cuda"), ("--end-to-end", "--device", "cuda"),
+       ("--batch-sizes", 0), ("--patterns", "8:4"), ("--patterns", "two"), ("--patterns", "²:4"),
+       ("--dtypes", "float16"), ("--hidden-dims", 0), ("--device", "cuda"), ("--end-to-end", "--device", "cuda"),
        ("--out", "/dev/null/x")]  # fmt: skip
 
 
@@ -91,66 +91,158 @@ def test_kernels_are_measured(monkeypatch, tmp_path, capsys):
     assert run(monkeypatch, *flags) == 0
     out = capsys.readouterr().out
     assert "WRONG" not in out and "noise: dense against itself" in out
+    assert max(len(line) for line in out.splitlines() if not line.startswith("written")) <= 100
     content = json.loads((tmp_path / "results.json").read_text())
     rows = list(csv.DictReader(open(tmp_path / "results.csv")))
-    assert len(rows) == len(content["layers"]) == 2 * (1 * 8 + 4 * 8)  # two layers: batch 1 forward, batch 256 all
+    dense = 3 + bench.has_bf16()
+    assert len(rows) == len(content["layers"]) == 2 * (1 + 4) * (dense + 2 * 2)  # batch 1: forward, 256: all
+    assert {(row["cpu"], row["date"]) for row in rows} == {(bench.cpu_name(), content["conditions"]["date"])}
+    peak = content["conditions"]["peak_gflops"]["fp32"]["1"]
+    assert 1 < peak < 1000
     for row in content["layers"]:
         assert 0 < row["us_q1"] <= row["us"] <= row["us_q3"] and 0 < row["gflops"]
         kept = {"1:4": 1 / 4, "2:8": 1 / 4, "": 1}[row["pattern"]]
         work = 2 * row["batch"] * row["inputs"] * row["outputs"] * kept * (3 if row["product"] == "all three" else 1)
         assert row["gflops"] == pytest.approx(work / row["us"] / 1e3, rel=0.03)  # 113 inputs are ragged
+        if row["implementation"] == "dense bf16":
+            assert row["x_bf16"] == 1 and row["share_of_peak"] is None  # the peak is fp32's
+        else:
+            assert row["share_of_peak"] == pytest.approx(row["gflops"] / peak, rel=1e-3)
         if row["implementation"] == "dense torch":
             assert row["x_torch_fp32"] == 1 and row["x_best_fp32"] <= 1
-    assert (
-        {row["pattern"] for row in content["actor"]}
-        == {"", "1:4", "2:8"}
-        == {*(r["pattern"] for r in content["masks"]), ""}
-    )
-    assert all(0 < row["p50_us"] <= row["p99_us"] for row in content["actor"])
-    assert content["actor"][0]["bytes"] == 4 * (105 * 256 + 256 + 256 * 256 + 256 + 256 * 8 + 8)
-    assert 1 < content["conditions"]["peak_gflops"]["fp32"] < 1000 and (tmp_path / "speedup_1_threads.png").exists()
+    actor = {row["pattern"]: row for row in content["actor"]}
+    assert list(actor) == ["", "1:4", "2:8"] and all(0 < row["p50_us"] <= row["p99_us"] for row in actor.values())
+    assert actor[""]["bytes"] == 4 * (105 * 256 + 256 + 256 * 256 + 256 + 256 * 8 + 8)
+    kept = 256 * (26 + 1) + 256 * 64 + 8 * 256  # of 105 inputs 26 groups and a single one
+    assert actor["1:4"]["bytes"] == 4 * (kept + 256 + 256 + 8) + 2 * kept
+    trained = {row["pattern"]: row["us"] for row in content["layers"]
+               if row["product"] == "all three" and row["implementation"] == "N:M" and row["inputs"] == 40}  # fmt: skip
+    assert [row["pattern"] for row in content["masks"]] == ["1:4", "2:8"]
+    for row in content["masks"]:
+        share = (row["project_us"] + row["index_us"]) / (1000 * trained[row["pattern"]])
+        assert row["batch"] == 256 and row["share_at_K_1000"] == pytest.approx(share, rel=1e-2)
+    assert (tmp_path / "speedup_1_threads.png").exists()
 
 
-def test_a_wrong_kernel_is_not_timed(monkeypatch, tmp_path, capsys):
-    errors = bench.Packed.errors
-    monkeypatch.setattr(bench.Packed, "errors", lambda *a: errors(*a) | {"grad-input": 0.1})
-    flags = (
-        "--widths",
-        40,
-        "--batch-sizes",
-        64,
-        "--patterns",
-        "1:4",
-        "--repetitions",
-        1,
-        "--threads",
-        1,
-        "--out",
-        tmp_path,
-    )
-    assert run(monkeypatch, *flags) == 1
-    assert "WRONG, not timed: 1:4 grad-input of 40 to 40, batch 64: error 1.0e-01" in capsys.readouterr().out
-    rows = [row for row in csv.DictReader(open(tmp_path / "results.csv")) if row["implementation"] == "N:M"]
-    assert {row["product"] for row in rows} == {"forward", "grad-weight"}
-    monkeypatch.setattr(bench.Packed, "errors", lambda *_: {"forward": float("nan")})
-    flags = (
-        "--widths",
-        40,
-        "--batch-sizes",
-        1,
-        "--patterns",
-        "1:4",
-        "--repetitions",
-        1,
-        "--threads",
-        1,
-        "--out",
-        tmp_path,
-    )
-    assert (
-        run(monkeypatch, *flags) == 1
-        and "WRONG, not timed: 1:4 forward of 40 to 40, batch 1" in capsys.readouterr().out
-    )
+def test_rows_by_hand():
+    place = {"inputs": 8, "outputs": 4, "batch": 10, "threads": 2}
+    times = {("dense torch", "", "forward"): [5e-6, 1e-6, 2e-6, 3e-6, 4e-6], ("dense numpy", "", "forward"): [2e-6] * 3}
+    times |= {("N:M", "1:4", name): [1e-6, 1e-6, 2e-6] for name in bench.PRODUCTS}
+    found = bench.layer_rows(times, place, {"fp32": {"1": 1.0, "2": 5.0}})
+    rows = {(row["implementation"], row["product"]): row for row in found}
+    dense = rows["dense torch", "forward"]
+    assert (dense["us_q1"], dense["us"], dense["us_q3"]) == (2, 3, 4)
+    assert dense["gflops"] == pytest.approx(2 * 10 * 8 * 4 / 3e-6 / 1e9, rel=1e-3) and dense["x_best_fp32"] == 0.6667
+    sparse = rows["N:M", "all three"]
+    assert sparse["us"] == 3 and sparse["gflops"] == pytest.approx(3 * 2 * 10 * 2 * 4 / 3e-6 / 1e9, rel=1e-3)
+    assert sparse["share_of_peak"] == pytest.approx(sparse["gflops"] / 5, rel=1e-3) and sparse["x_torch_fp32"] is None
+    assert rows["N:M", "forward"]["x_torch_fp32"] == 3 and rows["N:M", "forward"]["x_bf16"] is None
+
+
+SMALL = ("--widths", 40, "--patterns", "1:4", "--repetitions", 1, "--threads", 1)
+
+
+@pytest.mark.parametrize("name", ["dense_products", "numpy_products", "csr_products", "Packed"])
+@pytest.mark.parametrize("batch", [1, 64])
+def test_what_is_wrong_is_not_timed(monkeypatch, tmp_path, capsys, name, batch):
+    """A weight that is off makes each implementation wrong: it is named and not in the table; the exit code is 1."""
+    make = getattr(bench, name)
+
+    def broken(W, *rest):
+        if name == "csr_products":
+            flat = W.layer.flat.data
+            flat[3] += 1
+            found = make(W, *rest)
+            flat[3] -= 1
+            return found
+        W = W.clone()
+        W[0, W[0].abs().argmax()] *= 1.1  # active, whatever the mask
+        return make(W, *rest)
+
+    monkeypatch.setattr(bench, name, broken)
+    assert run(monkeypatch, *SMALL, "--batch-sizes", batch, "--out", tmp_path) == 1
+    out = capsys.readouterr().out
+    label = {"dense_products": "dense torch", "numpy_products": "dense numpy", "csr_products": "torch CSR 1:4"}
+    label = label.get(name, "N:M 1:4")
+    assert f"WRONG, not timed: {label}" in out and f"forward of 40 to 40, batch {batch}: error" in out
+    rows = list(csv.DictReader(open(tmp_path / "results.csv")))
+    place = {"inputs": "40", "product": "forward"}
+    timed = {f"{row['implementation']} {row['pattern']}".strip() for row in rows if place.items() <= row.items()}
+    assert len(timed) > 2 and label not in timed
+
+
+def test_each_product_is_checked(monkeypatch):
+    result = bench.Packed.result
+    for name in bench.PRODUCTS:
+        monkeypatch.setattr(bench.Packed, "result", lambda *a, name=name: result(*a) * (1.001 if a[1] == name else 1))
+        found, wrong, _ = bench.layer_functions(40, 24, 64, bench.Args(patterns=("1:4",)))
+        assert [complaint.split(" of ")[0] for complaint in wrong] == [f"N:M 1:4 {name}"]
+        assert {key[2] for key in found if key[0] == "N:M"} == set(bench.PRODUCTS) - {name}
+    monkeypatch.setattr(bench.Packed, "result", lambda *a: result(*a) * float("nan"))
+    assert len(bench.layer_functions(40, 24, 64, bench.Args(patterns=("1:4",)))[1]) == 3
+
+
+@pytest.mark.parametrize("stage", ["measure_limits", "time_in_turns", "measure_actor", "measure_masks"])
+def test_ctrl_c_keeps_what_is_measured(monkeypatch, tmp_path, stage):
+    function, calls = getattr(bench, stage), []
+
+    def stop(*args, **kwargs):
+        calls.append(0)
+        if stage == "time_in_turns" and len(calls) < 3:  # two layers are finished
+            return function(*args, **kwargs)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, stage, stop)
+    (tmp_path / "results.json").write_text("of an earlier run")
+    assert run(monkeypatch, *SMALL, "--batch-sizes", 1, 64, "--out", tmp_path) == 130
+    text = (tmp_path / "results.json").read_text()
+    if stage == "measure_limits":
+        assert text == "of an earlier run"  # nothing new: nothing is lost
+        return
+    content = json.loads(text)
+    assert len({(row["inputs"], row["batch"]) for row in content["layers"]}) == (2 if stage == "time_in_turns" else 4)
+    assert bool(content["actor"]) == (stage == "measure_masks")
+
+
+def test_ctrl_c_end_to_end(monkeypatch, tmp_path):
+    found = iter([(100.0, 1.5, 321.0)])
+
+    def stop(*_):
+        for timing in found:
+            return timing
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "run_once", stop)
+    assert run(monkeypatch, "--end-to-end", "--out", tmp_path) == 130
+    content = json.loads((tmp_path / "results.json").read_text())
+    assert content["rate_update_ms_peak_mib"] == {"dense": [[100.0, 1.5, 321.0]]}
+
+
+def test_noise_and_a_full_disk(monkeypatch, tmp_path, capsys):
+    turns = bench.time_in_turns
+
+    def noisy(functions, *rest):
+        times = turns(functions, *rest)
+        return {key: [3 * v for v in values] if key[0] == "dense again" else values for key, values in times.items()}
+
+    monkeypatch.setattr(bench, "time_in_turns", noisy)
+    assert run(monkeypatch, *SMALL, "--out", tmp_path) == 0
+    assert "warning: too noisy to conclude" in capsys.readouterr().out
+    monkeypatch.undo()
+    (tmp_path / "results.json").unlink()
+    (tmp_path / "results.json").symlink_to("/dev/full")
+    assert run(monkeypatch, *SMALL, "--out", tmp_path) == 1
+    shown = capsys.readouterr()
+    assert shown.err.startswith("error: ") and "No space left" in shown.err and shown.err.count("\n") == 1
+    assert "40 inputs, 40 outputs" in shown.out  # what was measured is on the screen at least
+
+
+def test_flags_are_put_in_order():
+    args = bench.Args(widths=(256, 64, 64), batch_sizes=(256, 1), threads=(1, 1), patterns=("1:4", "1:4"))
+    assert (args.widths, args.batch_sizes, args.threads, args.patterns) == ((64, 256), (1, 256), (1,), ("1:4",))
+    labels = bench.configurations(bench.Args(end_to_end=True, patterns=("4:8",), hidden_dims=(2, 512)))
+    assert {"dense", "4:8", "4:8, --kernel torch", "dense, width 1", "4:8, hidden 512"} <= set(labels)
+    assert not any(label.startswith(("2:4", "1:8")) for label in labels)
 
 
 def test_break_even():
@@ -183,6 +275,15 @@ def test_gpu_functions(monkeypatch):
     legal = [reason for reason in unsupported if "Only CUDA tensors are currently supported" in reason]
     assert [reason.split()[2].strip(":") for reason in legal] == ["2:4", "1:8", "2:8"]  # the own words of torch
 
+    def no_capture(*_):
+        raise RuntimeError("not permitted when stream is capturing")
+
+    monkeypatch.setattr(bench, "graphed", no_capture)
+    found, _, unsupported = bench.gpu_functions(64, 32, 16, args, device="cpu")
+    assert ("dense bf16", "", "forward") in found and not any("graph" in key[0] for key in found)
+    assert "dense bf16  forward: not permitted when stream is capturing" in unsupported
+    monkeypatch.setattr(bench, "graphed", no_graph)
+
     def products(W, bias, x, dy):  # one product right, one wrong, one missing
         return {"forward": lambda: x @ W.T + bias, "grad-input": lambda: dy @ W * 1.05}
 
@@ -199,7 +300,7 @@ def test_gpu_report(monkeypatch, tmp_path, capsys):
     """All of --device cuda but the GPU itself: functions run on the CPU, and a graph is a loop."""
     monkeypatch.setattr(bench.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(bench.torch.cuda, "get_device_name", lambda: "Some GPU")
-    limits = {"peak_gflops": {"fp32": 1e3, "TF32": 2e3, "bf16": 4e3}, "read_gbs": 100.0}
+    limits = {"peak_gflops": {"fp32": {"1": 1e3}, "TF32": {"1": 2e3}, "bf16": {"1": 4e3}}, "read_gbs": 100.0}
     monkeypatch.setattr(bench, "gpu_limits", lambda: limits)
     monkeypatch.setattr(bench, "graphed", no_graph)
     monkeypatch.setattr(bench, "gpu_functions", partial(bench.gpu_functions, device="cpu"))
@@ -220,11 +321,15 @@ def test_gpu_report(monkeypatch, tmp_path, capsys):
                          and r["inputs"] == 64 and r["product"] == "forward") for mode in ("", ", graph"))  # fmt: skip
     assert 0.2 < graph / eager < 5  # per call, not per graph
     out = capsys.readouterr().out
-    assert "Some GPU" in out and "sparse bf16 1:4, graph" in out and "not supported: sparse bf16 4:8" in out
-    assert max(map(len, out.splitlines())) <= 100 or "written" in max(out.splitlines(), key=len)
+    assert "Some GPU" in out and "sparse bf16 1:4 graph" in out and "not supported: sparse bf16 4:8" in out
+    assert max(len(line) for line in out.splitlines() if not line.startswith("written")) <= 100
     assert "| 64 to 64 | 32 |" in (tmp_path / "summary.md").read_text() and (tmp_path / "speedup.png").exists()
     labels = bench.configurations(bench.Args(device="cuda", end_to_end=True))
     assert all("--device=cuda" in labels[f"{name}, GPU"][0] for name in ("dense", "2:4", "1:4", "1:8"))
+    runs = {"dense": 50.0, "dense, GPU": 300.0, "1:8, GPU": 200.0}
+    content = {"rate_update_ms_peak_mib": {label: [(rate, 1.0, 1.0)] for label, rate in runs.items()}}
+    table = bench.tabulate_training(content | {"conditions": {"args": {"threads": (1,)}}})
+    assert table[-1][-1] == "0.67"  # a loss against dense on the GPU
 
 
 def test_wandb_gets_tables_and_figures(monkeypatch, tmp_path):
@@ -249,6 +354,7 @@ def test_wandb_gets_tables_and_figures(monkeypatch, tmp_path):
     assert run(monkeypatch, *flags, "--wandb-project-name", "mine") == 0
     assert (opened["project"], opened["mode"], opened["finished"]) == ("mine", "offline", True)
     columns, rows = logged["layers"]
-    assert columns == list(csv.DictReader(open(tmp_path / "results.csv")).fieldnames)
+    header = csv.DictReader(open(tmp_path / "results.csv")).fieldnames
+    assert header == [*columns, "cpu", "gpu", "date", "commit", "torch"]
     assert len(rows) == len(json.loads((tmp_path / "results.json").read_text())["layers"])
     assert logged["actor"][0][0] == "implementation" and logged["speedup_1_threads"].endswith("speedup_1_threads.png")
