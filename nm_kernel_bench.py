@@ -86,7 +86,7 @@ class Args:
     steps: int = 3000
     """environment steps with updates in each run, >= 2000; the first 1000 are not counted (--end-to-end)"""
     out: str | None = None
-    """folder for tables and figures: results/kernels, results/kernels_cuda or results/end_to_end, unless named"""
+    """folder for tables and figures: benchmark/kernels, benchmark/kernels_cuda or benchmark/end_to_end, unless named"""
     track: bool = True
     """mirror tables and figures to Weights & Biases (offline when not logged in)"""
     wandb_project_name: str = "nm-sparse-rl"
@@ -99,8 +99,8 @@ class Args:
         for name in ("widths", "batch_sizes", "threads"):
             setattr(self, name, tuple(sorted(set(getattr(self, name)))))
         self.patterns = tuple(dict.fromkeys(self.patterns))
-        kernels = "results/kernels" if self.device == "cpu" else "results/kernels_cuda"
-        self.out = self.out or ("results/end_to_end" if self.end_to_end else kernels)
+        kernels = "benchmark/kernels" if self.device == "cpu" else "benchmark/kernels_cuda"
+        self.out = self.out or ("benchmark/end_to_end" if self.end_to_end else kernels)
 
 
 class UserError(Exception):
@@ -1051,7 +1051,7 @@ def summarize_training(content: dict) -> str:
     lines.insert(1, "| --- " * len(table[0]) + "|")
     task = f"{args['env_id']}, hidden {args['hidden_dims'][0]} unless named, batch 256, {args['steps']} steps"
     where = f"{min(args['threads'])} of {found['cores']} cores of {found['cpu']} ({found['capability']})"
-    where = f"{where}; {versions}; {found['date']}, commit {found['commit']}"
+    where = f"{where}{'; ' + found['gpu'] if found['gpu'] else ''}; {versions}; {found['date']}, commit {found['commit']}"
     lines += ["", f"{task}, medians of {runs} runs in turns; {where}."]
     return "\n".join(lines) + "\n"
 
