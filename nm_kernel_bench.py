@@ -1051,7 +1051,8 @@ def summarize_training(content: dict) -> str:
     lines.insert(1, "| --- " * len(table[0]) + "|")
     task = f"{args['env_id']}, hidden {args['hidden_dims'][0]} unless named, batch 256, {args['steps']} steps"
     where = f"{min(args['threads'])} of {found['cores']} cores of {found['cpu']} ({found['capability']})"
-    where = f"{where}{'; ' + found['gpu'] if found['gpu'] else ''}; {versions}; {found['date']}, commit {found['commit']}"
+    where += f"; {found['gpu']}" if found["gpu"] else ""
+    where += f"; {versions}; {found['date']}, commit {found['commit']}"
     lines += ["", f"{task}, medians of {runs} runs in turns; {where}."]
     return "\n".join(lines) + "\n"
 
