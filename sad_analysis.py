@@ -364,7 +364,8 @@ def ever_and_age(E: np.ndarray, steps: np.ndarray) -> np.ndarray:
         new = E[i] & ~E[i - 1]
         after[new], until[new] = steps[i - 1], steps[i]
         seen |= E[i]
-        found.append((seen.mean(), *(steps[i] - since[E[i]].mean(dtype=np.float64) for since in (after, until))))
+        active = E[i].astype(np.float32)
+        found.append((seen.mean(), *(steps[i] - since @ active / active.sum() for since in (after, until))))
     return np.array(found).T
 
 
