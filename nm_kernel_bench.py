@@ -223,7 +223,7 @@ int operations(void) { return 2 * W * CHAINS; }
 
 def measure_limits(threads: tuple[int, ...]) -> dict:
     """Fused multiply-adds from registers on so many cores at once, GFLOP/s; what one core reads from memory, GB/s."""
-    library, rounds, memory = load_kernels(PEAK), 1_000_000, torch.ones(64 * 2**20)
+    library, rounds, memory = load_kernels(PEAK), 5_000_000, torch.ones(64 * 2**20)
     library.multiply_add.argtypes, library.read_all.argtypes = [ctypes.c_long], [ctypes.c_void_p, ctypes.c_long]
     peaks = {}
     for count in threads:
@@ -389,19 +389,18 @@ def has_bf16() -> bool:
         return platform.machine() == "arm64"  # Apple's, from M2 on
 
 
-def time_in_turns(functions: dict, repetitions: int, pause: float = 0.002) -> dict[tuple, list[float]]:
+def time_in_turns(functions: dict, repetitions: int, warm_up: float = 0.003) -> dict[tuple, list[float]]:
     """Seconds per call of each function, one value for each repetition; all are timed in turns."""
-    loops = {}
-    for key, function in functions.items():
-        function()
-        loops[key] = max(1, round(0.002 / seconds(function, 1)))  # 2 ms or one call
     times = {key: [] for key in functions}
     for _ in range(repetitions):
         for key, function in functions.items():
-            time.sleep(pause)  # waiting threads of the one before give up their cores
+            time.sleep(0.005)  # waiting threads of the one before give up their cores
             set_precision(key[0])
-            function()
-            times[key].append(seconds(function, loops[key]))
+            start, calls = time.perf_counter(), 0
+            while time.perf_counter() - start < warm_up or not calls:  # its own threads wake and find a core each
+                function()
+                calls += 1
+            times[key].append(seconds(function, max(1, round(calls * 0.003 / warm_up))))
     return times
 
 
@@ -433,7 +432,7 @@ def measure_layers(args: Args, content: dict, threads: int, bar: tqdm) -> None:
         functions, wrong, unsupported = make_functions(inputs, outputs, batch, args)
         content["wrong"] += wrong
         content["unsupported"] += unsupported
-        times = time_in_turns(functions, args.repetitions, 0.002 if threads == 1 else 0.008)
+        times = time_in_turns(functions, args.repetitions, 0.003 if threads == 1 else 0.015)
         place = {"inputs": inputs, "outputs": outputs, "batch": batch, "threads": threads}
         content["layers"] += layer_rows(times, place, content["conditions"]["peak_gflops"])
         bar.update()
