@@ -64,7 +64,7 @@ class Args:
     end_to_end: bool = False
     """time whole training runs instead of kernels"""
     widths: tuple[int, ...] = (128, 256, 512, 1024, 2048)
-    """inputs and outputs of the square layers, each from 1 to 8192"""
+    """inputs and outputs of the square layers, each from 1 to 4096"""
     batch_sizes: tuple[int, ...] = (1, 256)
     """observations at a time, each from 1 to 65536; 1 is acting"""
     patterns: tuple[str, ...] = ()
@@ -113,7 +113,7 @@ class Fault(Exception):
 
 def check_args(args: Args) -> None:
     for name, low, high in (
-        ("widths", 1, 8192),
+        ("widths", 1, 4096),
         ("hidden_dims", 1, 8192),
         ("batch_sizes", 1, 65_536),
         ("threads", 1, CORES),
@@ -428,14 +428,21 @@ def measure_layers(args: Args, content: dict, threads: int, bar: tqdm) -> None:
         load_kernels().nm_threads(threads)
         threadpoolctl.threadpool_limits(threads, user_api="blas")  # numpy's
     layers = [(113, 256), *((width, width) for width in args.widths)]  # the first: a critic's on Ant-v5
+    functions, times = {}, {}
     for (inputs, outputs), batch in itertools.product(layers, args.batch_sizes):
-        functions, wrong, unsupported = make_functions(inputs, outputs, batch, args)
+        functions[inputs, outputs, batch], wrong, unsupported = make_functions(inputs, outputs, batch, args)
         content["wrong"] += wrong
         content["unsupported"] += unsupported
-        times = time_in_turns(functions, args.repetitions, 0.003 if threads == 1 else 0.015)
-        place = {"inputs": inputs, "outputs": outputs, "batch": batch, "threads": threads}
-        content["layers"] += layer_rows(times, place, content["conditions"]["peak_gflops"])
-        bar.update()
+    try:
+        for _ in range(args.repetitions):  # all layers in each: what drifts in minutes is in the quartiles
+            for place, own in functions.items():
+                found = time_in_turns(own, 1, 0.003 if threads == 1 else 0.015)
+                times[place] = {key: times.get(place, {}).get(key, []) + found[key] for key in found}
+                bar.update()
+    finally:
+        for (inputs, outputs, batch), found in times.items():
+            place = {"inputs": inputs, "outputs": outputs, "batch": batch, "threads": threads}
+            content["layers"] += layer_rows(found, place, content["conditions"]["peak_gflops"])
 
 
 def layer_rows(times: dict[tuple, list[float]], place: dict, peaks: dict) -> list[dict]:
@@ -719,7 +726,7 @@ def benchmark_kernels(args: Args) -> int:
     try:
         content["conditions"] |= gpu_limits() if gpu else measure_limits(threads)
         print("\n".join(textwrap.wrap(describe(content["conditions"]), 100)))
-        count = len(threads) * (1 + len(args.widths)) * len(args.batch_sizes)
+        count = len(threads) * (1 + len(args.widths)) * len(args.batch_sizes) * args.repetitions
         with tqdm(total=count, unit="layer", disable=not sys.stderr.isatty()) as bar:
             for number in threads:
                 measure_layers(args, content, number, bar)
@@ -733,10 +740,13 @@ def benchmark_kernels(args: Args) -> int:
         code = 130
         if not content["layers"]:
             return code
-    noise = [abs(math.log(row["x_torch_fp32"])) for row in content["layers"] if row["implementation"] == "dense again"]
-    if noise:
-        numbers = zip(("median", "p90", "worst"), np.percentile(noise, [50, 90, 100]), strict=True)
-        content["noise"] = shorten(dict(numbers))
+    noise = {}
+    for row in content["layers"]:
+        if row["implementation"] == "dense again":
+            key = f"batch {row['batch']}" + f", {row['threads']} thread{'s' * (row['threads'] > 1)}" * (not gpu)
+            noise.setdefault(key, []).append(abs(math.log(row["x_torch_fp32"])))
+    numbers = {key: {"median": statistics.median(found), "worst": max(found)} for key, found in noise.items()}
+    content["noise"] = {key: shorten(found) for key, found in numbers.items()}
     report_kernels(args, content, out)
     return 1 if content["wrong"] else code
 
@@ -772,11 +782,11 @@ def report_kernels(args: Args, content: dict, out: Path) -> None:
         for (batch, threads), widths in break_even(rows, base).items():
             found = "  ".join(f"{pattern} {width or '-'}" for pattern, width in widths.items())
             print(f"{'against dense ' + NAMES[base]:26} batch {batch:<5} threads {threads:<3} {found}")
-    if "noise" in content:
-        noise = content["noise"]
-        print(f"\nnoise: dense against itself differs by {describe_noise(noise)}")
-        if noise["p90"] > 0.1:
-            print(f"warning: too noisy to conclude from less than {2 * noise['p90']:.0%}; run on an idle machine")
+    if content["noise"]:
+        noise = f"noise: dense against itself differs by {describe_noise(content['noise'])}"
+        print("\n" + "\n".join(textwrap.wrap(noise, 100)))
+        if (median := max(noise["median"] for noise in content["noise"].values())) > 0.1:
+            print(f"warning: too noisy to conclude from less than {2 * median:.0%}; run on an idle machine")
     for title, complaints in (("WRONG, not timed", content["wrong"]), ("not supported", content["unsupported"])):
         for complaint in dict.fromkeys(complaints):
             print(f"{title}: {complaint}")
@@ -799,7 +809,7 @@ def summarize_kernels(content: dict) -> str:
     bases = [base for base in bases if any(row[base] for row in rows)]
     patterns = list(dict.fromkeys(row["pattern"] for row in rows if row["pattern"]))
     lines = [f"{describe(conditions)}.", ""]
-    if "noise" in content:
+    if content["noise"]:
         lines += [f"Dense against itself differed by {describe_noise(content['noise'])}.", ""]
     if bases:
         versus = " / ".join(f"dense {NAMES[base]}" for base in bases)
@@ -835,8 +845,8 @@ def summarize_kernels(content: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
-def describe_noise(noise: dict[str, float]) -> str:
-    return f"{noise['median']:.1%} (median), {noise['p90']:.1%} (one in ten by more), {noise['worst']:.1%} (worst)"
+def describe_noise(noise: dict[str, dict[str, float]]) -> str:
+    return "; ".join(f"{found['median']:.1%} ({key}; at most {found['worst']:.1%})" for key, found in noise.items())
 
 
 def write_report(args: Args, content: dict, out: Path, summary: str, figures: dict, tables: dict) -> None:

@@ -188,7 +188,7 @@ def test_ctrl_c_keeps_what_is_measured(monkeypatch, tmp_path, stage):
 
     def stop(*args, **kwargs):
         calls.append(0)
-        if stage == "time_in_turns" and len(calls) < 3:  # two layers are finished
+        if stage == "time_in_turns" and len(calls) < 3:  # two places are finished
             return function(*args, **kwargs)
         raise KeyboardInterrupt
 
