@@ -1157,7 +1157,10 @@ def log_wandb(args: Args, job: str, out: Path, tables: dict[str, list[dict]], fi
             if rows:
                 run.log({name: wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])})
         run.log({path.stem: wandb.Image(str(path)) for path in figures})
-        run.save(str(out / "summary.*"), base_path=str(out), policy="now")
+        summary = wandb.Artifact(f"{job}_summary", type=job)
+        for path in sorted(out.glob("summary.*")):
+            summary.add_file(str(path))
+        run.log_artifact(summary)
         run.finish()
     except Exception as error:
         print(f"warning: not in W&B: {first_line(error)}", file=sys.stderr)

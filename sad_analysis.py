@@ -840,6 +840,31 @@ def relative(scores: np.ndarray, dense: np.ndarray) -> np.ndarray:
     return iqm(scores, axis=1) / iqm(dense, axis=1)
 
 
+def paired_difference(runs: list[Run], others: list[Run], resamples: int) -> dict[str, float]:
+    """Mean difference of the scores of equal seeds, with its interval and the number of pairs."""
+    by_seed = {run.args["seed"]: run.score for run in others}
+    paired = np.array([run.score - by_seed[run.args["seed"]] for run in runs if run.args["seed"] in by_seed])
+    row = {"pairs": len(paired)}
+    if len(paired):
+        row["difference"] = paired.mean()
+        row["difference_low"], row["difference_high"] = interval([paired], lambda d: d.mean(axis=1), resamples)
+    return row
+
+
+def variant_texts(study: Study, resamples: int) -> list[str]:
+    """Each N:M configuration against its pattern's default one, such as other K against K = 1000."""
+    texts = []
+    for label in sparse_labels(study):
+        pattern = study.configurations[label][0].pattern
+        if label != pattern and pattern in study.configurations:
+            row = paired_difference(study.configurations[label], study.configurations[pattern], resamples)
+            if row["pairs"]:
+                limits = [row["difference_low"], row["difference_high"]]
+                limits = "" if np.isnan(limits).any() else f" [{limits[0]:+,.0f}, {limits[1]:+,.0f}]"
+                texts.append(f"{label}: {row['difference']:+,.0f}{limits}, {count(row['pairs'], 'pair')}")
+    return texts
+
+
 def configuration_row(study: Study, label: str, resamples: int) -> dict:
     runs, scores = study.configurations[label], study.scores(label)
     row = {"setting": study.name, "configuration": label} | {name: runs[0].args.get(name) for name in METHOD}
@@ -852,12 +877,7 @@ def configuration_row(study: Study, label: str, resamples: int) -> dict:
         if (dense > 0).all():  # a share of a negative return means nothing
             row["of_dense"] = iqm(scores) / iqm(dense)
             row["of_dense_low"], row["of_dense_high"] = interval([scores, dense], relative, resamples)
-        by_seed = {run.args["seed"]: run.score for run in study.configurations[reference]}
-        paired = np.array([run.score - by_seed[run.args["seed"]] for run in runs if run.args["seed"] in by_seed])
-        row["pairs"] = len(paired)
-        if len(paired):
-            row["difference"] = paired.mean()
-            row["difference_low"], row["difference_high"] = interval([paired], lambda d: d.mean(axis=1), resamples)
+        row |= paired_difference(runs, study.configurations[reference], resamples)
         row["p_better"] = float(better(scores, dense))
         row["p_better_low"], row["p_better_high"] = interval([scores, dense], better, resamples)
     stats = runs[0].meta
@@ -980,6 +1000,9 @@ def write_summary(out: Path, studies, skipped, unmatched, resamples: int) -> pd.
                     about = f"Settled SAD (from the mask {study.window:,.0f} steps before the end to the final one)"
                     lines += [f"{about} against final score, each run a point:", ""]
                     lines += [*(f"- {text}" for text in correlation_texts(study, resamples)), ""]
+                if variants := variant_texts(study, resamples):
+                    lines += ["Mean difference to the pattern's default configuration, by seed:", ""]
+                    lines += [*(f"- {text}" for text in variants), ""]
                 lines += ["Ran on:", "", *(f"- {text}" for text in describe_conditions(study)), ""]
     for title, pairs in (("Skipped", skipped), ("Not compared with dense", unmatched)):
         if pairs:
@@ -1012,7 +1035,10 @@ def log_wandb(args: Args, job: str, out: Path, tables: dict[str, list[dict]], fi
             if rows:
                 run.log({name: wandb.Table(columns=list(rows[0]), data=[list(row.values()) for row in rows])})
         run.log({path.stem: wandb.Image(str(path)) for path in figures})
-        run.save(str(out / "summary.*"), base_path=str(out), policy="now")
+        summary = wandb.Artifact(f"{job}_summary", type=job)
+        for path in sorted(out.glob("summary.*")):
+            summary.add_file(str(path))
+        run.log_artifact(summary)
         run.finish()
     except Exception as error:
         print(f"warning: not in W&B: {first_line(error)}", file=sys.stderr)
@@ -1048,7 +1074,7 @@ def analyse(args: Args, folders: list[Path], skipped: list[tuple[str, str]]) -> 
             else:
                 figures.append(out / f"{study.file}_{name}.png")
                 for path in (figures[-1], figures[-1].with_suffix(".svg")):
-                    figure.savefig(path, dpi=200)
+                    figure.savefig(path, dpi=150)
         if args.thin:
             for study in studies:
                 for run in itertools.chain(*study.configurations.values()):

@@ -177,6 +177,9 @@ def test_end_to_end(rnm, monkeypatch, capsys, tmp_path):
     assert table.of_dense["1:4"] == pytest.approx(scores.mean() / dense.mean())
     assert table.difference["1:4"] == pytest.approx((scores - dense).mean()) and table.pairs["1:4"] == 3
     assert table.difference_low["1:4"] == pytest.approx((scores - dense).min(), rel=0.05)
+    gap = last_half * (np.array([90, 90, 90]) - np.array([112, 114, 116])).mean()
+    assert f"- 1:4, K = 100: {gap:+,.0f} [" in out
+    assert f"- 1:4, static masks: {last_half * (85 - 112):+,.0f}, 1 pair\n" in out
     assert table.p_better["1:4"] == 1.0 and table.p_better["1:4, K = 100"] == 0.0
     assert np.isnan(table.of_dense["dense"]) and np.isnan(table.settled_sad["dense"])
     assert table.settled_sad["1:4"] > 0 and table.settled_sad["1:4, static masks"] == 0
@@ -494,3 +497,14 @@ def test_thin_never_overwrites(rnm, monkeypatch, capsys, tmp_path):
     before = (tmp_path / "runs/a/masks.npz").read_bytes()
     code, _, err = run(monkeypatch, capsys, tmp_path / "runs", "--no-track", "--thin", tmp_path / "runs")
     assert code == 2 and "exists already" in err and (tmp_path / "runs/a/masks.npz").read_bytes() == before
+
+
+def test_the_readme_shows_what_the_committed_runs_give(monkeypatch, capsys, tmp_path):
+    folder, drawn = sa.Path(__file__).parent.parent / "results/halfcheetah_60k", list(sa.FIGURES)
+    monkeypatch.setattr(sa, "FIGURES", {})
+    code, out, _ = run(monkeypatch, capsys, folder, "--no-track", "--out", tmp_path)
+    assert code == 0 and "45 runs, 0 skipped" in out
+    text = (tmp_path / "summary.md").read_text()
+    assert text == (folder / "summary.md").read_text()
+    assert text.partition("\n## ")[2].partition("\n")[2].strip() in (folder.parent.parent / "README.md").read_text()
+    assert {path.stem.partition("steps_")[2] for path in folder.glob("*.png")} == set(drawn)

@@ -340,21 +340,39 @@ def test_wandb_gets_tables_and_figures(monkeypatch, tmp_path):
         def log(self, values):
             logged.update(values)
 
-        def save(self, *_, **__):
-            pass
+        def log_artifact(self, artifact):
+            opened["files"] = artifact.files
 
         def finish(self):
             opened["finished"] = True
 
+    class Artifact:
+        def __init__(self, name, type):
+            assert (name, type) == ("benchmark_summary", "benchmark")
+            self.files = []
+
+        def add_file(self, path):
+            self.files.append(path)
+
     stub = SimpleNamespace(login=lambda **_: False, init=lambda **kw: opened.update(kw) or Run(), Settings=dict,
-                           Table=lambda columns, data: (columns, data), Image=lambda path: path)  # fmt: skip
+                           Table=lambda columns, data: (columns, data), Image=lambda path: path, Artifact=Artifact)  # fmt: skip
     monkeypatch.setitem(sys.modules, "wandb", stub)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     flags = ("--widths", 40, "--patterns", "1:4", "--repetitions", 1, "--threads", 1, "--out", tmp_path)
     assert run(monkeypatch, *flags, "--wandb-project-name", "mine") == 0
     assert (opened["project"], opened["mode"], opened["finished"]) == ("mine", "offline", True)
+    assert opened["files"] == [str(tmp_path / "summary.md")]
     columns, rows = logged["layers"]
     header = csv.DictReader(open(tmp_path / "results.csv")).fieldnames
     assert header == [*columns, "cpu", "gpu", "date", "commit", "torch"]
     assert len(rows) == len(json.loads((tmp_path / "results.json").read_text())["layers"])
     assert logged["actor"][0][0] == "implementation" and logged["speedup_1_threads"].endswith("speedup_1_threads.png")
+
+
+@pytest.mark.parametrize("name", ["kernels", "end_to_end"])
+def test_the_readme_shows_what_was_measured(name):
+    folder = bench.HERE / "results" / name
+    content = json.loads((folder / "results.json").read_text())
+    summarize = {"kernels": bench.summarize_kernels, "end_to_end": bench.summarize_training}[name]
+    assert summarize(content) == (folder / "summary.md").read_text()
+    assert summarize(content).strip() in (bench.HERE / "README.md").read_text()
