@@ -355,7 +355,7 @@ def test_wandb_gets_tables_and_figures(monkeypatch, tmp_path):
             self.files.append(path)
 
     stub = SimpleNamespace(login=lambda **_: False, init=lambda **kw: opened.update(kw) or Run(), Settings=dict,
-                           Table=lambda columns, data: (columns, data), Image=lambda path: path, Artifact=Artifact)  # fmt: skip
+                           Table=lambda columns, data: (columns, data), Image=str, Artifact=Artifact)  # fmt: skip
     monkeypatch.setitem(sys.modules, "wandb", stub)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     flags = ("--widths", 40, "--patterns", "1:4", "--repetitions", 1, "--threads", 1, "--out", tmp_path)
