@@ -81,7 +81,7 @@ class Args:
     env_id: str = "Ant-v4"
     """gymnasium id of the environment (--end-to-end)"""
     hidden_dims: tuple[int, ...] = (256,)
-    """units in each of the two hidden layers, each from 1 to 8192; of further widths only dense and N:M are timed, to
+    """units in each of the two hidden layers, each from 1 to 4096; of further widths only dense and N:M are timed, to
     see how the cost grows (--end-to-end)"""
     steps: int = 3000
     """environment steps with updates in each run, >= 2000; the first 1000 are not counted (--end-to-end)"""
@@ -114,7 +114,7 @@ class Fault(Exception):
 def check_args(args: Args) -> None:
     for name, low, high in (
         ("widths", 1, 4096),
-        ("hidden_dims", 1, 8192),
+        ("hidden_dims", 1, 4096),
         ("batch_sizes", 1, 65_536),
         ("threads", 1, CORES),
     ):
@@ -434,11 +434,14 @@ def measure_layers(args: Args, content: dict, threads: int, bar: tqdm) -> None:
         content["wrong"] += wrong
         content["unsupported"] += unsupported
     try:
-        for _ in range(args.repetitions):  # all layers in each: what drifts in minutes is in the quartiles
+        for repetition in range(args.repetitions):  # all layers in each: what drifts in minutes is in the quartiles
             for place, own in functions.items():
                 found = time_in_turns(own, 1, 0.003 if threads == 1 else 0.015)
                 times[place] = {key: times.get(place, {}).get(key, []) + found[key] for key in found}
                 bar.update()
+            if bar.disable:
+                done = f"repetition {repetition + 1} of {args.repetitions}"
+                print(f"{count_threads(threads)}: {done}", file=sys.stderr)
     finally:
         for (inputs, outputs, batch), found in times.items():
             place = {"inputs": inputs, "outputs": outputs, "batch": batch, "threads": threads}
@@ -470,6 +473,10 @@ def layer_rows(times: dict[tuple, list[float]], place: dict, peaks: dict) -> lis
             found = [dense[base + mode, row["product"]] for base in bases if (base + mode, row["product"]) in dense]
             row |= shorten({name: min(found, default=math.nan) / row["us"]})
     return rows
+
+
+def count_threads(threads: int) -> str:
+    return f"{threads} thread{'s' * (threads > 1)}"
 
 
 def shorten(numbers: dict[str, float]) -> dict[str, float | None]:
@@ -635,7 +642,7 @@ def print_layers(rows: list[dict], device: str) -> None:
     for (inputs, outputs, batch, threads), group in places:
         group = list(group)
         products = list(dict.fromkeys(row["product"] for row in group))
-        cores = f", {threads} thread{'s' * (threads > 1)}" if device == "cpu" else ""
+        cores = f", {count_threads(threads)}" if device == "cpu" else ""
         print(f"\n{inputs} inputs, {outputs} outputs, batch {batch}{cores}: microseconds")
         last = "  best  bf16" if device == "cpu" else "  TF32  bf16"
         print(f"{'':22}" + "".join(f"{product:>13}" for product in products) + f"{last} GFLOP/s  peak")
@@ -710,7 +717,7 @@ def draw_speedup(rows: list[dict], args: Args, threads: int) -> Figure | None:
         ax.label_outer()
         ax.tick_params(labelsize=8)
         ax.grid(alpha=0.3, linewidth=0.5)
-    where = "on the GPU, in CUDA graphs" if gpu else f"{threads} thread{'s' * (threads > 1)}"
+    where = "on the GPU, in CUDA graphs" if gpu else count_threads(threads)
     ideal = "M/N, at most 2" if gpu else "M/N"
     figure.suptitle(f"N:M against dense, batch {batch}, {where}; dotted: ideal {ideal}", fontsize=10)
     handles, labels = figure.axes[0].get_legend_handles_labels()
@@ -743,7 +750,7 @@ def benchmark_kernels(args: Args) -> int:
     noise = {}
     for row in content["layers"]:
         if row["implementation"] == "dense again":
-            key = f"batch {row['batch']}" + f", {row['threads']} thread{'s' * (row['threads'] > 1)}" * (not gpu)
+            key = f"batch {row['batch']}" + f", {count_threads(row['threads'])}" * (not gpu)
             noise.setdefault(key, []).append(abs(math.log(row["x_torch_fp32"])))
     numbers = {key: {"median": statistics.median(found), "worst": max(found)} for key, found in noise.items()}
     content["noise"] = {key: shorten(found) for key, found in numbers.items()}
@@ -828,7 +835,7 @@ def summarize_kernels(content: dict) -> str:
     for base in bases:
         for (batch, threads), widths in break_even(rows, base).items():
             found = ", ".join(f"{p} {f'from {width}' if width else 'nowhere'}" for p, width in widths.items())
-            number = f", {threads} thread{'s' * (threads > 1)}" if cpu else ""
+            number = f", {count_threads(threads)}" if cpu else ""
             lines.append(f"- than dense {NAMES[base]}, batch {batch}{number}: {found}")
     if content["actor"]:
         lines += ["", "The actor of Ant (105-256-256-8) at batch 1, one thread, called from Python:", ""]
@@ -1000,8 +1007,11 @@ def benchmark_training(args: Args) -> int:
     try:
         for _ in range(args.repetitions):
             for label, command in commands.items():
+                bar.set_postfix_str(label)
                 results[label].append(run_once(*command))
                 bar.update()
+                if bar.disable:
+                    print(f"{label}: {results[label][-1][0]:.0f} steps/s", file=sys.stderr)
     except KeyboardInterrupt:
         code = 130
     except RuntimeError as error:
@@ -1083,7 +1093,7 @@ def draw_training(args: Args, rates: dict[str, list[float]]) -> Figure:
     ax.tick_params(labelsize=8)
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
-    threads = f"{min(args.threads)} thread{'s' * (min(args.threads) > 1)}"
+    threads = count_threads(min(args.threads))
     figure.suptitle(f"Training TD3 on {args.env_id}: hidden {args.hidden_dims[0]}, batch 256, {threads}", fontsize=10)
     return figure
 
