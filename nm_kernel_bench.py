@@ -1132,7 +1132,7 @@ def conditions(args: Args) -> dict:
         text=True,
     )
     return {
-        "args": asdict(args),
+        "args": {name: value for name, value in asdict(args).items() if name != "out"},
         "cpu": cpu_name(),
         "gpu": torch.cuda.get_device_name() if args.device == "cuda" else None,
         "cores": CORES,
