@@ -18,6 +18,8 @@ and sbx-rl's TD3 (JAX) are timed where they are installed, with the same network
 import os
 
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "20")  # numpy's waiting threads would spin into the next timings
+if os.path.exists("/proc/cpuinfo") and "avx512f" in open("/proc/cpuinfo").read():
+    os.environ.setdefault("OPENBLAS_CORETYPE", "SkylakeX")  # on AMD it would take half as wide vectors
 
 import contextlib
 import csv
@@ -67,7 +69,7 @@ class Args:
     """inputs and outputs of the square layers, each from 1 to 4096"""
     batch_sizes: tuple[int, ...] = (1, 256)
     """observations at a time, each from 1 to 65536; 1 is acting"""
-    patterns: tuple[str, ...] = ()
+    patterns: tuple[str, ...] | None = None
     """N:M patterns, N < M <= 32768: 2:4 1:4 1:8, and 4:8 2:8 1:16 for kernels, unless named"""
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     """float32, bfloat16 or both, of the dense products; N:M is float32 on a CPU, bfloat16 (where named) on a GPU"""
@@ -95,7 +97,8 @@ class Args:
     """W&B user or team"""
 
     def __post_init__(self) -> None:
-        self.patterns = self.patterns or ("2:4", "1:4", "1:8", *(() if self.end_to_end else ("4:8", "2:8", "1:16")))
+        if self.patterns is None:
+            self.patterns = ("2:4", "1:4", "1:8", *(() if self.end_to_end else ("4:8", "2:8", "1:16")))
         for name in ("widths", "batch_sizes", "threads"):
             setattr(self, name, tuple(sorted(set(getattr(self, name)))))
         self.patterns = tuple(dict.fromkeys(self.patterns))
@@ -121,10 +124,10 @@ def check_args(args: Args) -> None:
         values = getattr(args, name)
         if not values or not all(low <= value <= high for value in values):
             raise UserError(f"--{name.replace('_', '-')} takes numbers from {low} to {high}, not {values}")
-    for pattern in args.patterns:
+    for pattern in args.patterns or ("",):
         n, _, m = pattern.partition(":")
         if not (f"{n}{m}".isascii() and n.isdecimal() and m.isdecimal() and 1 <= int(n) < int(m) <= 32_768):
-            raise UserError(f"--patterns takes N:M with 1 <= N < M <= 32768, not {pattern}")
+            raise UserError(f"--patterns takes N:M with 1 <= N < M <= 32768, not {pattern or 'none'}")
     if not args.dtypes or not {"float32", "bfloat16"}.issuperset(args.dtypes):
         raise UserError(f"--dtypes takes float32 and bfloat16, not {' '.join(args.dtypes)}")
     if args.repetitions < 1 or args.steps < 2000:
@@ -328,6 +331,16 @@ def dense_products(W, bias, x, dy) -> dict[str, Callable]:
     }
 
 
+def onednn_products(W, bias, x, dy) -> dict[str, Callable]:
+    """oneDNN, which torch calls for bfloat16 alone: on AMD twice as fast in float32 as the MKL behind torch.mm."""
+    linear = partial(torch.ops.mkldnn._linear_pointwise, attr="none", scalars=[], algorithm="")
+    return {
+        "forward": lambda: linear(x, W, bias),
+        "grad-input": lambda: linear(dy, W.T, None),
+        "grad-weight": lambda: linear(dy.T, x.T, None),
+    }
+
+
 def numpy_products(W, bias, x, dy) -> dict[str, Callable]:
     W, bias, x, dy = (tensor.numpy() for tensor in (W, bias, x, dy))
     y, dx, grad = (np.empty_like(array) for array in (dy, x, W))
@@ -361,6 +374,10 @@ def layer_functions(inputs: int, outputs: int, batch: int, args: Args) -> tuple[
     if "float32" in args.dtypes:
         add("dense torch", "", dense_products(*tensors), exact)
         add("dense numpy", "", numpy_products(*tensors), exact)
+        try:
+            add("dense oneDNN", "", onednn_products(*tensors), exact)
+        except (AttributeError, RuntimeError) as error:
+            unsupported.append(f"dense oneDNN: {first_line(error)}")
     if "bfloat16" in args.dtypes and has_bf16():
         rounded = [tensor.bfloat16() for tensor in tensors]
         add("dense bf16", "", dense_products(*rounded), exact_products(*rounded))
@@ -413,7 +430,7 @@ def set_precision(implementation: str) -> None:
 
 
 # What a time is divided by: the fastest of these, in a CUDA graph if the time is.
-BASES = {"x_torch_fp32": ("dense torch", "dense fp32"), "x_best_fp32": ("dense torch", "dense numpy"),
+BASES = {"x_torch_fp32": ("dense torch", "dense fp32"), "x_best_fp32": ("dense torch", "dense numpy", "dense oneDNN"),
          "x_tf32": ("dense TF32",), "x_bf16": ("dense bf16",)}  # fmt: skip
 
 
@@ -491,9 +508,19 @@ def measure_actor(args: Args, content: dict) -> None:
     sizes, x = [(105, 256), (256, 256), (256, 8)], torch.randn(1, 105)
     dense = nn.Sequential(*itertools.chain(*((nn.Linear(a, b), nn.ReLU()) for a, b in sizes)))[:-1]
     calls = {("dense torch", ""): (lambda: dense(x), sum(4 * p.numel() for p in dense.parameters()))}
+    linear = [layer for layer in dense if isinstance(layer, nn.Linear)]
+    weights = [(layer.weight.detach().numpy(), layer.bias.detach().numpy()) for layer in linear]
+
+    def numpy_actor():
+        y = x[0].numpy()
+        for i, (W, bias) in enumerate(weights):
+            y = W @ (np.maximum(y, 0) if i else y) + bias
+        return y
+
+    calls["dense numpy", ""] = (numpy_actor, calls["dense torch", ""][1])
     for pattern in args.patterns:
         n, m = map(int, pattern.split(":"))
-        net, linear = nn.Module(), [layer for layer in dense if isinstance(layer, nn.Linear)]
+        net = nn.Module()
         if m > 105:
             continue
         for i, layer in enumerate(linear, 1):
@@ -633,7 +660,7 @@ def gpu_functions(inputs: int, outputs: int, batch: int, args: Args, device: str
 
 def print_layers(rows: list[dict], device: str) -> None:
     """A table for each layer, 100 columns wide."""
-    best = "best: as torch's or numpy's" if device == "cpu" else "TF32: as torch in TF32"
+    best = "best: as the best fp32" if device == "cpu" else "TF32: as torch in TF32"
     print(f"x: times as fast as torch's dense fp32; {best}; bf16: as torch in bf16.")
     print("GFLOP/s: of the weights kept. peak: share of the limit above in the same precision.")
     print("Batch 1 is acting, forward as called from Python. Other batches: bare products, memory at hand.")
@@ -663,19 +690,24 @@ def factor(ratio: float | None) -> str:
     return " " * 6 if ratio is None else f"{ratio:5.1f}x" if ratio >= 0.1 else f"{ratio:5.2f}x"
 
 
-def break_even(rows: list[dict], base: str) -> dict[tuple[int, int], dict[str, int | None]]:
-    """(batch, threads) -> pattern -> width from which on N:M layers are faster than `base`, None: nowhere."""
-    found, lost = {}, set()
-    square = [row for row in rows if row["implementation"] in ("N:M", "sparse bf16, graph") and row[base]
-              and row["inputs"] == row["outputs"] and row["product"] == main_product(row)]  # fmt: skip
-    for row in sorted(square, key=lambda row: -row["inputs"]):  # from the widest down, until one is slower
-        key, pattern = (row["batch"], row["threads"]), row["pattern"]
-        found.setdefault(key, {}).setdefault(pattern, None)
-        if row[base] <= 1:
-            lost.add((key, pattern))
-        elif (key, pattern) not in lost:
-            found[key][pattern] = row["inputs"]
-    return found
+def where_faster(rows: list[dict], base: str) -> dict[tuple[int, int], dict[str, str]]:
+    """(batch, threads) -> pattern -> widths of square layers at which N:M is faster than `base`, in words."""
+    won = {}
+    for row in sorted(rows, key=lambda row: row["inputs"]):
+        square = row["inputs"] == row["outputs"] and row["product"] == main_product(row)
+        if square and row["implementation"] in ("N:M", "sparse bf16, graph") and row[base]:
+            key = (row["batch"], row["threads"])
+            won.setdefault(key, {}).setdefault(row["pattern"], []).append((row["inputs"], row[base] > 1))
+    return {key: {pattern: describe_widths(found) for pattern, found in kinds.items()} for key, kinds in won.items()}
+
+
+def describe_widths(found: list[tuple[int, bool]]) -> str:
+    """[(width, faster)], narrowest first -> nowhere; from W on, if at all wider ones too; or the widths."""
+    faster = [width for width, won in found if won]
+    if not faster:
+        return "nowhere"
+    last = [width for width, _ in found[-len(faster) :]]
+    return f"from {faster[0]}" if faster == last else "at " + " ".join(map(str, faster))
 
 
 def main_product(row: dict) -> str:
@@ -686,10 +718,10 @@ def main_product(row: dict) -> str:
 def draw_speedup(rows: list[dict], args: Args, threads: int) -> Figure | None:
     """Speed-up over dense against width at the largest batch, a line for each pattern with its ideal M/N.
 
-    On a CPU over torch's fp32; on a GPU in CUDA graphs over torch's bf16, where 2:4's is the ideal of all.
+    On a CPU over the best fp32; on a GPU in CUDA graphs over torch's bf16, where 2:4's is the ideal of all.
     """
     batch, gpu = max(args.batch_sizes), args.device == "cuda"
-    implementation, base = ("sparse bf16, graph", "x_bf16") if gpu else ("N:M", "x_torch_fp32")
+    implementation, base = ("sparse bf16, graph", "x_bf16") if gpu else ("N:M", "x_best_fp32")
     wanted = [row for row in rows if row["implementation"] == implementation and row["inputs"] == row["outputs"]
               and row["batch"] == batch and row["threads"] == threads]  # fmt: skip
     products = [product for product in (*PRODUCTS, "all three") if any(row["product"] == product for row in wanted)]
@@ -750,8 +782,11 @@ def benchmark_kernels(args: Args) -> int:
     noise = {}
     for row in content["layers"]:
         if row["implementation"] == "dense again":
-            key = f"batch {row['batch']}" + f", {count_threads(row['threads'])}" * (not gpu)
-            noise.setdefault(key, []).append(abs(math.log(row["x_torch_fp32"])))
+            key = f"dense against itself, batch {row['batch']}" + f", {count_threads(row['threads'])}" * (not gpu)
+            noise.setdefault(key, []).append(math.expm1(abs(math.log(row["x_torch_fp32"]))))
+        elif row["pattern"]:
+            key = f"middle half of N:M, {count_threads(row['threads'])}"
+            noise.setdefault(key, []).append((row["us_q3"] - row["us_q1"]) / row["us"])
     numbers = {key: {"median": statistics.median(found), "worst": max(found)} for key, found in noise.items()}
     content["noise"] = {key: shorten(found) for key, found in numbers.items()}
     report_kernels(args, content, out)
@@ -773,7 +808,7 @@ def report_kernels(args: Args, content: dict, out: Path) -> None:
     rows = content["layers"]
     print_layers(rows, args.device)
     if content["actor"]:
-        print("\nThe actor at batch 1 (105-256-256-8, head dense), one thread, whole call from Python: microseconds")
+        print("\nThe actor of Ant-v5 at batch 1 (105-256-256-8, head dense), one thread, from Python: microseconds")
         for row in content["actor"]:
             name = f"{row['implementation']} {row['pattern']}"
             print(f"{name:16} p50 {row['p50_us']:6.1f}  p99 {row['p99_us']:6.1f}  {row['bytes'] / 1024:6.0f} KiB")
@@ -784,13 +819,14 @@ def report_kernels(args: Args, content: dict, out: Path) -> None:
             shares = "  ".join(f"K {k:,}: {row[f'share_at_K_{k}']:6.2%}" for k in INTERVALS)
             costs = f"project {row['project_us']:8,.0f} us  index {row['index_us']:7,.0f} us"
             print(f"{row['width']:5} {row['pattern']:5} {costs}  {shares}")
-    print("\nN:M pays from this width on (batch 1: forward; -: not up to the widest)")
+    print("\nWidths at which N:M is faster (batch 1: forward; from: there and at all wider ones)")
     for base in BASES:
-        for (batch, threads), widths in break_even(rows, base).items():
-            found = "  ".join(f"{pattern} {width or '-'}" for pattern, width in widths.items())
-            print(f"{'against dense ' + NAMES[base]:26} batch {batch:<5} threads {threads:<3} {found}")
+        for (batch, threads), widths in where_faster(rows, base).items():
+            found = "; ".join(f"{pattern} {width}" for pattern, width in widths.items())
+            text = f"than dense {NAMES[base]}, batch {batch}, {count_threads(threads)}: {found}"
+            print("\n".join(textwrap.wrap(text, 100, subsequent_indent="  ")))
     if content["noise"]:
-        noise = f"noise: dense against itself differs by {describe_noise(content['noise'])}"
+        noise = f"noise: {describe_noise(content['noise'])}"
         print("\n" + "\n".join(textwrap.wrap(noise, 100)))
         if (median := max(noise["median"] for noise in content["noise"].values())) > 0.1:
             print(f"warning: too noisy to conclude from less than {2 * median:.0%}; run on an idle machine")
@@ -817,7 +853,7 @@ def summarize_kernels(content: dict) -> str:
     patterns = list(dict.fromkeys(row["pattern"] for row in rows if row["pattern"]))
     lines = [f"{describe(conditions)}.", ""]
     if content["noise"]:
-        lines += [f"Dense against itself differed by {describe_noise(content['noise'])}.", ""]
+        lines += [f"Noise: {describe_noise(content['noise'])}.", ""]
     if bases:
         versus = " / ".join(f"dense {NAMES[base]}" for base in bases)
         lines += [f"Times as fast as {versus}: all three products of a layer (batch 1: forward).", ""]
@@ -831,14 +867,14 @@ def summarize_kernels(content: dict) -> str:
         text = [" / ".join(factor(row[base]).strip(" x") for base in bases) if row else "" for row in found]
         number = f"{threads} | " if cpu else ""
         lines.append(f"| {inputs} to {outputs} | {-batch} | {number}{' | '.join(text)} |")
-    lines += ["", "Faster at this width and all larger ones:", ""]
+    lines += ["", "Widths at which N:M is faster (from: there and at all wider ones):", ""]
     for base in bases:
-        for (batch, threads), widths in break_even(rows, base).items():
-            found = ", ".join(f"{p} {f'from {width}' if width else 'nowhere'}" for p, width in widths.items())
+        for (batch, threads), widths in where_faster(rows, base).items():
+            found = ", ".join(f"{pattern} {width}" for pattern, width in widths.items())
             number = f", {count_threads(threads)}" if cpu else ""
             lines.append(f"- than dense {NAMES[base]}, batch {batch}{number}: {found}")
     if content["actor"]:
-        lines += ["", "The actor of Ant (105-256-256-8) at batch 1, one thread, called from Python:", ""]
+        lines += ["", "The actor of Ant-v5 (105-256-256-8) at batch 1, one thread, called from Python:", ""]
         lines += ["| | p50 | p99 | size |", "| --- | --- | --- | --- |"]
         for row in content["actor"]:
             name, size = f"{row['implementation']} {row['pattern']}".strip(), f"{row['bytes'] / 1024:.0f} KiB"
@@ -853,7 +889,8 @@ def summarize_kernels(content: dict) -> str:
 
 
 def describe_noise(noise: dict[str, dict[str, float]]) -> str:
-    return "; ".join(f"{found['median']:.1%} ({key}; at most {found['worst']:.1%})" for key, found in noise.items())
+    """How much dense differs from itself, and the width of the middle half of N:M's timings."""
+    return "; ".join(f"{key} {found['median']:.1%} (at most {found['worst']:.1%})" for key, found in noise.items())
 
 
 def write_report(args: Args, content: dict, out: Path, summary: str, figures: dict, tables: dict) -> None:
@@ -867,8 +904,6 @@ def write_report(args: Args, content: dict, out: Path, summary: str, figures: di
             writer.writeheader()
             writer.writerows(rows)
         (out / "summary.md").write_text(summary)
-        for old in (*out.glob("speedup*"), *out.glob("end_to_end.*")):
-            old.unlink()
         for name, figure in figures.items():
             for kind in ("png", "svg"):
                 figure.savefig(out / f"{name}.{kind}", dpi=200)
@@ -914,8 +949,27 @@ runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
 
+ONEDNN = """
+import runpy, sys, torch
+linear = torch.ops.mkldnn._linear_pointwise
+class Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, W, bias):
+        ctx.save_for_backward(x, W)
+        return linear(x, W, bias, "none", [], "")
+    @staticmethod
+    def backward(ctx, dy):
+        (x, W), (dx, dW, dbias) = ctx.saved_tensors, ctx.needs_input_grad
+        return (linear(dy, W.T, None, "none", [], "") if dx else None,
+                linear(dy.T, x.T, None, "none", [], "") if dW else None, dy.sum(0) if dbias else None)
+torch.nn.functional.linear = lambda x, W, bias: Linear.apply(x, W, bias)
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 def configurations(args: Args) -> dict[str, tuple[list[str], int, int]]:
-    """Label -> (command, threads of a run, runs at once). Of 256 units 0.336 have as many weights as 1:8 keeps."""
+    """Label -> (command, threads of a run, runs at once). 86 units have as many weights as 1:8 keeps of 256."""
     common = [
         f"--env-id={args.env_id}", f"--total-timesteps={1000 + args.steps}", "--learning-starts=1000", "--no-track",
         "--eval-interval=1000000000", "--eval-episodes=1", "--buffer-size=100000",
@@ -932,10 +986,12 @@ def configurations(args: Args) -> dict[str, tuple[list[str], int, int]]:
     last = args.patterns[-1]
     found = {label: (train(pattern), few, 1) for label, pattern in patterns.items()}
     found[f"{last}, --kernel torch"] = (train(last, hidden, "--kernel=torch"), few, 1)
+    if platform.machine() == "x86_64":
+        found["dense, oneDNN"] = (["-c", ONEDNN, *train("")], few, 1)
     if has_bf16():
         found["dense, bf16 autocast"] = (["-c", BF16, *train("")], few, 1)
-    narrow = max(1, round(hidden * 0.336))
-    found[f"dense, width {narrow}"] = (train("", narrow), few, 1)
+    if (hidden, last) == (256, "1:8"):
+        found["dense, width 86"] = (train("", 86), few, 1)
     peers = {"SB3": ("sb3", "stable_baselines3"), "SBX (JAX)": ("sbx", "sbx")}
     peers = {label: name for label, (name, module) in peers.items() if importlib.util.find_spec(module)}
     for label, name in peers.items():
@@ -947,7 +1003,8 @@ def configurations(args: Args) -> dict[str, tuple[list[str], int, int]]:
         for label in ("dense", last):
             found[f"{label}, {most} threads"] = (train(patterns[label]), most, 1)
     if CORES >= 2 * few:
-        found[f"{last}, two runs at once"] = (train(last), few, 2)
+        for label in ("dense", last):
+            found[f"{label}, two runs at once"] = (train(patterns[label]), few, 2)
     for wide in args.hidden_dims[1:]:
         for label, pattern in patterns.items():
             found[f"{label}, hidden {wide}"] = (train(pattern, wide), few, 1)
@@ -1049,8 +1106,7 @@ def tabulate_training(content: dict) -> list[list[str]]:
         rates, update = [rate for rate, *_ in runs], [ms for _, ms, _ in runs if ms is not None]
         memory = statistics.median(mib for *_, mib in runs)
         kind = label.partition(", ")[2]  # against what has the same width, as many cores, or is on the GPU too
-        kind = f"{2 * min(content['conditions']['args']['threads'])} threads" if kind == "two runs at once" else kind
-        alike = kind.startswith("hidden") or kind.endswith("threads") or kind == "GPU"
+        alike = kind.startswith("hidden") or kind.endswith("threads") or kind in ("GPU", "two runs at once")
         twins = [f"{other}, {kind}" if alike else other for other in others]
         ratios = [f"{median[label] / median[twin]:.2f}" if twin in median else "" for twin in twins]
         ms = f"{statistics.median(update):.2f}" if update else ""
@@ -1083,18 +1139,18 @@ def draw_training(args: Args, rates: dict[str, list[float]]) -> Figure:
     for place, (label, values) in enumerate(rates.items()):
         color = COLORS.get(label.partition(",")[0], "#7f7f7f" if label.startswith("S") else "#000000")
         ax.barh(place, statistics.median(values), color=color, height=0.7)
-        ax.plot([min(values), max(values)], [place, place], color="#999999", linewidth=1.5)
+        for line, width in (("white", 3), ("black", 1)):  # seen on every colour
+            ax.plot([min(values), max(values)], [place, place], color=line, linewidth=width)
         ax.annotate(f"{statistics.median(values):,.0f}", (max(values), place), (4, 0), textcoords="offset points",
                     va="center", fontsize=8)  # fmt: skip
     ax.set_yticks(range(len(rates)), list(rates), fontsize=8)
     ax.invert_yaxis()
     ax.margins(x=0.1)
-    ax.set_xlabel("environment steps per second (median; grey: slowest to fastest run)", fontsize=8)
+    ax.set_xlabel("environment steps per second (median; line: slowest to fastest run)", fontsize=8)
     ax.tick_params(labelsize=8)
     for side in ("top", "right"):
         ax.spines[side].set_visible(False)
-    threads = count_threads(min(args.threads))
-    figure.suptitle(f"Training TD3 on {args.env_id}: hidden {args.hidden_dims[0]}, batch 256, {threads}", fontsize=10)
+    figure.suptitle(f"Training TD3 on {args.env_id}: hidden {args.hidden_dims[0]} unless named, batch 256", fontsize=10)
     return figure
 
 

@@ -33,6 +33,8 @@ import scipy.stats
 import torch
 import torch.nn.functional as F
 import tyro
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -118,7 +120,7 @@ class Topology:
     steps: np.ndarray  # [S] environment steps
     pairwise: dict[str, np.ndarray]  # by network [S, S]: SAD_{i:j} over twice the active weights
     ever: dict[str, np.ndarray]  # by network [S]: share of weights active in a snapshot so far (at least)
-    age: dict[str, np.ndarray]  # by network [2, S]: upper and lower bound of the active weights' mean age in steps
+    age: dict[str, np.ndarray]  # by network [2, S]: active weights' mean age in steps, upper bound and lower estimate
 
 
 @dataclass
@@ -244,6 +246,9 @@ def read_masks(path: Path, n: int, m: int, metrics: pd.DataFrame) -> Topology:
     masks = {name: np.unpackbits(data[name], axis=1, count=math.prod(shape)) for name, shape in shapes.items()}
     if len(steps) < 1 or any(len(E) != len(steps) for E in masks.values()) or not (np.diff(steps) > 0).all():
         raise BadRun("steps and masks do not belong together")
+    last = metrics["sad/actor"].last_valid_index() if "sad/actor" in metrics else None
+    if last is not None and steps[-1] != last:
+        raise BadRun(f"its last mask is of step {steps[-1]}, the last refresh of step {last}")
     ends = [{name: torch.from_numpy(E[i].reshape(shapes[name])).bool() for name, E in masks.items()} for i in (0, -1)]
     for name, E in masks.items():
         kept = n * (shapes[name][1] // m) + min(n, shapes[name][1] % m)
@@ -351,11 +356,11 @@ def pairwise_sad(E: np.ndarray) -> np.ndarray:
 
 
 def ever_and_age(E: np.ndarray, steps: np.ndarray) -> np.ndarray:
-    """[3, S] of masks E [S, weights]: share of weights seen active so far, bounds of the mean age of the active ones.
+    """[3, S] of masks E [S, weights]: share seen active so far; mean age of the active: upper bound, lower estimate.
 
     Snapshots miss what comes and goes between them, so the share is a lower bound. A weight that was inactive at one
     snapshot and is active at the next became so in between: the age is at most that since the former, and at least
-    that since the latter unless it comes and goes between snapshots.
+    that since the latter for those that do not come and go between snapshots.
     """
     E = E.astype(bool)
     after = np.full(E.shape[1], steps[0], dtype=np.float32)
@@ -509,7 +514,10 @@ def style(study: Study, label: str) -> tuple[str, int]:
     """Colour of the pattern, and a number for line and marker within the pattern."""
     pattern = study.configurations[label][0].pattern
     same = [name for name, runs in study.configurations.items() if runs[0].pattern == pattern]
-    return COLORS.get(pattern, "#999999"), same.index(label)
+    if pattern not in COLORS:  # of its numbers, so that it is the same everywhere
+        n, m = map(int, pattern.split(":"))
+        return to_hex(colormaps["turbo"]((37 * n + 11 * m) % 97 / 97)), same.index(label)
+    return COLORS[pattern], same.index(label)
 
 
 def new_figure(title: str, rows: int, columns: int, height: float, **options) -> tuple[Figure, np.ndarray]:
@@ -663,13 +671,12 @@ def draw_ages(study: Study, resamples: int) -> Figure | None:
                       for i in (0, 1)]  # fmt: skip
             high, low = (iqm(bound.to_numpy(), axis=1) * 1e-3 for bound in bounds)
             color, line = style(study, label)
-            ax[1].fill_between(bounds[0].index * 1e-3, low, high, color=color, alpha=0.1, linewidth=0)
             for edge in (low, high):
                 ax[1].plot(bounds[0].index * 1e-3, edge, color=color, linestyle=LINES[line % len(LINES)], linewidth=0.8)
         ax[1].plot([0, total], [0, total], color="0.6", linewidth=0.8, label="never replaced")
         first = net == "actor"
         describe(ax[0], net, "", "ever active, at least\n(share of all weights)" if first else "")
-        y_label = "mean age of the active,\nbounds (thousand steps)" if first else ""
+        y_label = "mean age of the active: upper\nbound, lower estimate (k steps)" if first else ""
         describe(ax[1], "", "thousand environment steps", y_label)
     axes[0, 0].set_ylim(0, 1)
     add_legend(figure)
@@ -745,8 +752,11 @@ def draw_returns(study: Study, resamples: int) -> Figure:
     """5: learning curves over steps and over training time."""
     dense = [label for label in study.configurations if label not in sparse_labels(study)]
     patterns = dict.fromkeys(study.configurations[label][0].pattern for label in sparse_labels(study))
-    rows = [[*dense, *(label for label in sparse_labels(study) if study.configurations[label][0].pattern == pattern)]
-            for pattern in patterns] or [dense]  # fmt: skip
+    rows = []
+    for pattern in patterns:
+        own = [label for label in sparse_labels(study) if study.configurations[label][0].pattern == pattern]
+        rows += [[*dense, *own[i : i + 3]] for i in range(0, len(own), 3)]
+    rows = rows or [dense]
     title, height = f"Return of the noise-free policy: {study.name}", 1.4 + 2 * len(rows) + 0.08 * len(study.reference)
     figure, axes = new_figure(title, len(rows), 2, height, sharex="col", sharey=True)
     for row, label in ((row, label) for row, labels in zip(axes, rows, strict=True) for label in labels):
@@ -760,7 +770,8 @@ def draw_returns(study: Study, resamples: int) -> Figure:
         end = min(clock[-1] for clock in clocks)
         grid = np.geomspace(end / 30, end, 100)
         timed = [pd.Series(np.interp(grid, clock, curve), grid) for clock, curve in zip(clocks, curves, strict=True)]
-        band(row[1], study, label, timed, resamples, scale=1)
+        if len({(run.meta["hardware"], run.meta["threads"], run.meta["kernel"]) for run in runs}) == 1:
+            band(row[1], study, label, timed, resamples, scale=1)
         row[1].set_xscale("log")
         row[1].xaxis.set_major_formatter("{x:g}")
         describe(row[0], "", "", "evaluation return\n(IQM over seeds, 95 % band)")
@@ -768,7 +779,7 @@ def draw_returns(study: Study, resamples: int) -> Figure:
                        for runs in study.configurations.values() for run in runs})  # fmt: skip
     axes[-1, 0].set_xlabel("thousand environment steps", fontsize=8)
     machines = "; ".join(hardware[:2]) + "; ..." * (len(hardware) > 2)
-    axes[-1, 1].set_xlabel(f"training minutes, as run (log scale)\n{machines}", fontsize=8)
+    axes[-1, 1].set_xlabel(f"training minutes, to the first seed's end (log scale)\n{machines}", fontsize=8)
     add_legend(figure)
     return figure
 
@@ -822,10 +833,11 @@ def correlation_texts(study: Study, resamples: int) -> list[str]:
 
 def correlation_text(groups: list[np.ndarray], resamples: int) -> str:
     """What configurations [runs, 2] say together: within them, and over all runs, where configurations differ too."""
+    every = sum(map(len, groups))
     groups = [group for group in groups if len(group) > 1 and (np.ptp(group, axis=0) > 0).all()]
     total = sum(map(len, groups))
     if total < 3:
-        return f"{count(total, 'run')}, too few to correlate"
+        return f"{count(every, 'run')}, too few to correlate"
     rho, (low, high) = correlation(groups, resamples)
     limits = f" [{low:+.2f}, {high:+.2f}]" if total >= ENOUGH else f" (too few runs to conclude, {ENOUGH} needed)"
     text = f"rank correlation {rho:+.2f}{limits}, {count(total, 'run')}"
@@ -901,7 +913,7 @@ def configuration_row(study: Study, label: str, resamples: int) -> dict:
 def pooled_rows(studies: list[Study], resamples: int) -> list[dict]:
     """Dense-normalised scores over the environments of otherwise equal settings: IQM, stratified by environment.
 
-    Environments in which a dense run scored below zero are not in it.
+    Environments in which a dense run scored below zero are not in it; the others count by their number of seeds.
     """
     rows, settings = [], {}
     for study in studies:
@@ -934,8 +946,9 @@ def describe_conditions(study: Study) -> list[str]:
     """What the numbers may depend on besides the setting: once if it is the same everywhere, else by configuration."""
 
     def condition(run: Run) -> dict[str, str]:
+        commit = f"{run.meta.get('commit')}{' and changes' * bool(run.meta.get('dirty'))}"
         versions = {name: run.meta["versions"].get(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
-        found = {"commit": run.meta.get("commit")} | versions | {"kernel": run.meta["kernel"]}
+        found = {"commit": commit} | versions | {"kernel": run.meta["kernel"]}
         return {k: str(v) for k, v in found.items()} | {"on": f"{run.meta['hardware']}, threads {run.meta['threads']}"}
 
     found = {label: [condition(run) for run in runs] for label, runs in study.configurations.items()}
@@ -969,10 +982,11 @@ def write_summary(out: Path, studies, skipped, unmatched, resamples: int) -> pd.
     lines = [
         "# Runs compared",
         "",
-        f"In brackets: 95 % bootstrap intervals over seeds ({resamples:,} resamples). One seed has none, and of fewer",
-        "than five they are too narrow to trust. The IQM of up to three seeds is their mean. Of dense: the ratio of",
-        "the IQMs of all seeds, where every dense run scored above zero; differences: of the seeds that both have.",
-        "Minutes: of training, where all seeds ran on the same hardware, threads and kernel.",
+        f"In brackets: 95 % bootstrap intervals over seeds ({resamples:,} resamples). One seed has none, and of few",
+        "they are too narrow: of five they hold the mean in about 84 % of cases. No correction for many comparisons.",
+        "The IQM of up to three seeds is their mean. Of dense: the ratio of the IQMs of all seeds, where every dense",
+        "run scored above zero; differences: means over the seeds that both have. Minutes: of training, where all",
+        "seeds ran on the same hardware, threads and kernel. Settled SAD: mean over seeds; the step: median.",
         "",
     ]
     for setting, part in frame.groupby("setting", sort=False):

@@ -107,7 +107,7 @@ def test_correlation_by_hand():
     )
     assert "over all runs +0." in text
     assert sa.correlation_text([np.array([[1, 2], [2, 3]])], 100) == "2 runs, too few to correlate"
-    assert sa.correlation_text([np.array([[0, 2], [0, 3], [0, 4]])], 100) == "0 runs, too few to correlate"
+    assert sa.correlation_text([np.array([[0, 2], [0, 3], [0, 4]])], 100) == "3 runs, too few to correlate"
     many = np.arange(20.0)
     assert (
         sa.correlation_text([np.stack([many, -many], axis=1)], 100) == "rank correlation -1.00 [-1.00, -1.00], 20 runs"
@@ -130,7 +130,7 @@ def test_settled_sad_has_one_window(rnm, tmp_path):
     (study,), _ = sa.make_studies([run for run in runs if run.args["mask_update_interval"] in (0, 100, 1000)])
     assert study.window == 3000
     texts = sa.correlation_texts(study, 100)
-    assert texts == ["1:4: 0 runs, too few to correlate"]  # one seed each; static masks are not in it at all
+    assert texts == ["1:4: 2 runs, too few to correlate"]  # one seed each; static masks are not in it at all
 
 
 def test_sad_age_and_settling_by_hand():
@@ -221,7 +221,7 @@ def test_what_does_not_match_is_listed_and_not_mixed(rnm, monkeypatch, capsys, t
     make_run(rnm, runs / "sparse_1", score=50.0)
     make_run(rnm, runs / "sparse_2", seed=2, score=60.0)
     make_run(rnm, runs / "again_2", seed=2, score=70.0, start="2026-02-02")
-    make_run(rnm, runs / "other_physics", seed=3, versions={"mujoco": "4.0.1", "torch": "2.13.0"})
+    make_run(rnm, runs / "other_physics", seed=3, versions={"mujoco": "3.5.0", "torch": "2.13.0"})
     make_run(rnm, runs / "other_gamma", seed=4, args={"gamma": 0.9})
     make_run(rnm, runs / "narrow", seed=5, args={"hidden_dim": 64})
     code, out, err = run(monkeypatch, capsys, runs / "*", "--out", tmp_path / "a", "--no-track")
@@ -232,7 +232,7 @@ def test_what_does_not_match_is_listed_and_not_mixed(rnm, monkeypatch, capsys, t
     table = pd.read_csv(tmp_path / "a/summary.csv")
     row = table[(table.configuration == "1:4") & table.of_dense.notna()].iloc[0]
     assert row.seeds == 2 and row.pairs == 1  # dense has seed 1 only
-    assert "mujoco 4.0" in out and "gamma 0.9" in out
+    assert "mujoco 3.5" in out and "gamma 0.9" in out
 
 
 def test_thinned_runs_tell_the_same(rnm, monkeypatch, capsys, tmp_path):
@@ -260,6 +260,12 @@ def infinite(path):
     frame.to_csv(path, index=False)
 
 
+def fewer(folder):
+    with np.load(folder / "masks.npz") as file:
+        arrays = {key: value if key.endswith(".shape") else value[:-1] for key, value in file.items()}
+    np.savez_compressed(folder / "masks.npz", **arrays)
+
+
 def flip(path):
     data = bytearray(path.read_bytes())
     for i in range(len(data) // 2, len(data) // 2 + 100):  # whatever of the archive lies there
@@ -280,6 +286,7 @@ DAMAGE = {
     "other versions": ("mixed versions", lambda d: edit(d, resumed=[{"versions": {"mujoco": "3.3.0"}}])),
     "flipped bits": ("damaged: masks.npz: ", lambda d: flip(d / "masks.npz")),
     "no masks in it": ("damaged: masks.npz: ", lambda d: np.savez(d / "masks.npz", global_step=np.zeros(0, int))),
+    "masks that end early": ("its last mask is of step 29000, the last refresh of step 30000", lambda d: fewer(d)),
     "no arguments": (OTHER, lambda d: edit(d, args={})),
     "another pattern": ("mask that is not 2:4", lambda d: edit(d, n=2, m=4)),
     "garbage": (None, lambda d: swap(d / "metrics.csv", ",0.", ",zero.")),
@@ -481,6 +488,27 @@ def test_a_glob_that_hits_other_files(rnm, monkeypatch, capsys, tmp_path):
     (tmp_path / "notes.txt").write_text("")
     assert run(monkeypatch, capsys, tmp_path / "n*", "--no-track")[0] == 2
     assert sa.find_folders((str(tmp_path / "below/a/metrics.csv"),)) == [(tmp_path / "below/a").resolve()]
+
+
+def test_what_is_drawn_by_hand(rnm, tmp_path):
+    """Of four seeds the IQM is the mean of the middle two; a band holds it; minutes end with the first seed's."""
+    for seed, score in enumerate((100.0, 200.0, 400.0, 1000.0), 1):
+        make_run(rnm, tmp_path / str(seed), seed=seed, score=score)
+        make_run(rnm, tmp_path / f"d{seed}", seed=seed, n=None, hardware=f"CPU {seed}")
+        make_run(rnm, tmp_path / f"x{seed}", seed=seed, n=3, m=8)
+    runs, _ = sa.load_all(sa.find_folders((str(tmp_path),)))
+    (study,), _ = sa.make_studies(runs)
+    figure = sa.draw_returns(study, 200)
+    steps, minutes = figure.axes[2:4] if "1:4" in figure.axes[2].get_legend_handles_labels()[1][1] else figure.axes[:2]
+    lines = {line.get_label().partition(" ")[0]: line for line in steps.lines}
+    assert list(lines) == ["dense", "1:4"]
+    x, y = lines["1:4"].get_data()
+    assert x.tolist() == [3.0 * i for i in range(11)] and y == pytest.approx(300 * x / 30)
+    band = steps.collections[1].get_paths()[0].vertices
+    assert band[:, 1].max() <= 1000 and band[band[:, 0] == 30, 1].min() < 300 < band[band[:, 0] == 30, 1].max()
+    assert [line.get_label().partition(" ")[0] for line in minutes.lines] == ["1:4"]  # dense ran on several machines
+    colors = {label: sa.style(study, label)[0] for label in study.configurations}
+    assert len(set(colors.values())) == 3 and colors["1:4"] == sa.COLORS["1:4"]
 
 
 def test_what_is_not_drawn_is_named(rnm, monkeypatch, capsys, tmp_path):
