@@ -19,7 +19,7 @@ import os
 
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "20")  # numpy's waiting threads would spin into the next timings
 if os.path.exists("/proc/cpuinfo") and "avx512f" in open("/proc/cpuinfo").read():
-    os.environ.setdefault("OPENBLAS_CORETYPE", "SkylakeX")  # on AMD it would take half as wide vectors
+    os.environ["OPENBLAS_CORETYPE"] = "SkylakeX"  # else it may take half as wide vectors, on AMD above all
 
 import contextlib
 import csv
@@ -1182,6 +1182,9 @@ def conditions(args: Args) -> dict:
             versions[name] = version(name)
         except PackageNotFoundError:
             versions[name] = None
+    for pool in threadpoolctl.threadpool_info():
+        if pool["user_api"] == "blas":
+            versions["numpy's BLAS"] = f"{pool['internal_api']} {pool['version']} {pool.get('architecture', '')}"
     git = subprocess.run(
         ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
         capture_output=True,
