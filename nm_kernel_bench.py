@@ -799,7 +799,8 @@ def describe(conditions: dict) -> str:
              for kind, found in conditions["peak_gflops"].items() for count, peak in found.items()]  # fmt: skip
     versions = ", ".join(f"{name} {number}" for name, number in conditions["versions"].items() if number)
     cpu = f"one of {conditions['cores']} cores of {conditions['cpu']} ({conditions['capability']})"
-    machine = f"{conditions['gpu'] or cpu}: {', '.join(peaks)}, {conditions['read_gbs']:.0f} GB/s read"
+    machine = f"{conditions['gpu'] or cpu}: {', '.join(peaks)}, {conditions['read_gbs']:.0f} GB/s"
+    machine += "" if conditions["gpu"] else " read by one core"
     return f"{machine}; {versions}; {conditions['date']}, commit {conditions['commit']}"
 
 
@@ -1101,7 +1102,7 @@ def tabulate_training(content: dict) -> list[list[str]]:
     results = content["rate_update_ms_peak_mib"]
     median = {label: statistics.median(rate for rate, *_ in runs) for label, runs in results.items()}
     others = [label for label in ("dense", "SB3", "SBX (JAX)") if label in median]
-    table = [["", "steps/s", "range", "ms/update", "MiB", *(f"x {label}" for label in others)]]
+    table = [["", "steps/s", "range", "us/update", "MiB", *(f"x {label}" for label in others)]]
     for label, runs in results.items():
         rates, update = [rate for rate, *_ in runs], [ms for _, ms, _ in runs if ms is not None]
         memory = statistics.median(mib for *_, mib in runs)
@@ -1109,9 +1110,9 @@ def tabulate_training(content: dict) -> list[list[str]]:
         alike = kind.startswith("hidden") or kind.endswith("threads") or kind in ("GPU", "two runs at once")
         twins = [f"{other}, {kind}" if alike else other for other in others]
         ratios = [f"{median[label] / median[twin]:.2f}" if twin in median else "" for twin in twins]
-        ms = f"{statistics.median(update):.2f}" if update else ""
+        us = f"{1000 * statistics.median(update):,.0f}" if update else ""
         table.append(
-            [label, f"{median[label]:.0f}", f"{min(rates):.0f}-{max(rates):.0f}", ms, f"{memory:.0f}", *ratios]
+            [label, f"{median[label]:.0f}", f"{min(rates):.0f}-{max(rates):.0f}", us, f"{memory:.0f}", *ratios]
         )
     return table
 
