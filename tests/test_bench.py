@@ -374,10 +374,10 @@ def test_wandb_gets_tables_and_figures(monkeypatch, tmp_path):
     assert logged["actor"][0][0] == "implementation" and logged["speedup_1_threads"].endswith("speedup_1_threads.png")
 
 
-@pytest.mark.parametrize("name", ["kernels", "end_to_end"])
+@pytest.mark.parametrize("name", ["kernels", "end_to_end", "end_to_end_wide"])
 def test_the_readme_shows_what_was_measured(name):
     folder = bench.HERE / "results" / name
     content = json.loads((folder / "results.json").read_text())
-    summarize = {"kernels": bench.summarize_kernels, "end_to_end": bench.summarize_training}[name]
+    summarize = bench.summarize_kernels if name == "kernels" else bench.summarize_training
     assert summarize(content) == (folder / "summary.md").read_text()
     assert summarize(content).strip() in (bench.HERE / "README.md").read_text()
