@@ -19,7 +19,7 @@ import os
 
 os.environ.setdefault("OPENBLAS_THREAD_TIMEOUT", "20")  # numpy's waiting threads would spin into the next timings
 if os.path.exists("/proc/cpuinfo") and "avx512f" in open("/proc/cpuinfo").read():
-    os.environ["OPENBLAS_CORETYPE"] = "SkylakeX"  # else it may take half as wide vectors, on AMD above all
+    os.environ["OPENBLAS_CORETYPE"] = "SkylakeX"  # whatever the environment says: the best dense there is
 
 import contextlib
 import csv
