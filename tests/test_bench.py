@@ -381,3 +381,28 @@ def test_the_readme_shows_what_was_measured(name):
     summarize = bench.summarize_kernels if name == "kernels" else bench.summarize_training
     assert summarize(content) == (folder / "summary.md").read_text()
     assert summarize(content).strip() in (bench.HERE / "README.md").read_text()
+
+
+def test_the_actor_and_the_figure_by_hand(monkeypatch):
+    clock = iter(range(10**6))
+    monkeypatch.setattr(bench, "seconds", lambda *_: next(clock) // 2 * 1e-6)  # torch and numpy in turns: 0, 1, 2, ...
+    content = {"actor": [], "wrong": []}
+    bench.measure_actor(bench.Args(patterns=("1:128",), repetitions=1), content)  # a group wider than the layer
+    assert [row["p50_us"] for row in content["actor"]] == [149.5, 149.5]  # of 0 to 299
+    assert [row["p99_us"] for row in content["actor"]] == [296.0, 296.0]
+    rows = [{"implementation": "N:M", "pattern": p, "inputs": w, "outputs": w, "batch": 256, "threads": 1,
+             "product": "forward", "x_best_fp32": w / 64} for p in ("2:4", "1:16") for w in (128, 256)]  # fmt: skip
+    args = bench.Args(patterns=("2:4", "1:16"), widths=(128, 256))
+    (ax,) = bench.draw_speedup(rows, args, 1).axes
+    levels = {line.get_ydata()[0] for line in ax.lines if line.get_linestyle() == ":"}
+    assert levels == {2, 16} and [2.0, 4.0] in [list(line.get_ydata()) for line in ax.lines]
+
+
+def test_the_warning_of_noise(monkeypatch, tmp_path, capsys):
+    for factor, warned in ((1.05, False), (1.2, True)):
+        turns = bench.time_in_turns
+        monkeypatch.setattr(bench, "time_in_turns", lambda functions, *_, factor=factor: {
+            key: [1e-3 * (factor if key[0] == "dense again" else 1)] * 4 for key in functions})  # fmt: skip
+        assert run(monkeypatch, *SMALL, "--batch-sizes", 64, "--out", tmp_path) == 0
+        assert ("too noisy" in capsys.readouterr().out) is warned
+        monkeypatch.setattr(bench, "time_in_turns", turns)
