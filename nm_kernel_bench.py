@@ -4,10 +4,10 @@
   python nm_kernel_bench.py --device cuda    the same on an NVIDIA GPU, whose sparse tensor cores know 2:4
   python nm_kernel_bench.py --end-to-end     steps per second of the training scripts and of dense peers
 
-Every kernel is first compared with float64; one that is wrong is reported and not timed. All implementations of a layer
-are timed in turns, repeated; medians and quartiles. Useful GFLOP/s count the kept weights only, the share of peak is
-against what is measured first: fused multiply-adds from registers on a CPU core, a product of 8192-wide matrices on a
-GPU. A layer's N:M times include the conversion of its inputs and outputs, which a whole network pays at its ends only.
+Every product is first compared with float64; one that is wrong is reported and not timed. All implementations of a
+layer are timed in turns, repeated; medians and quartiles. Useful GFLOP/s count the kept weights only, the share of peak
+is against what is measured first: fused multiply-adds from registers on a CPU core, a product of 8192-wide matrices on
+a GPU. N:M times of a layer include the conversion of its inputs and outputs, which a network pays at its ends only.
 Results: results.csv, results.json, summary.md and figures in --out, and a Weights & Biases run.
 
 End to end, each configuration runs as a process of its own, all in turns. The scripts report charts/SPS and
@@ -51,14 +51,28 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 import tyro
+from matplotlib import colormaps
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
 HERE = Path(__file__).resolve().parent
 CORES = len(os.sched_getaffinity(0))
 
-# Okabe and Ito's colours, one for each pattern everywhere.
-COLORS = {"2:4": "#0072B2", "1:4": "#E69F00", "1:8": "#009E73", "1:16": "#CC79A7", "4:8": "#56B4E9", "2:8": "#D55E00"}
+# --- shared: colors ---
+# Okabe and Ito's colours first, one for each pattern everywhere.
+COLORS = {"dense": "#000000", "2:4": "#0072B2", "1:4": "#E69F00", "1:8": "#009E73", "1:16": "#CC79A7", "4:8": "#56B4E9",
+          "2:8": "#D55E00", "1:2": "#882255", "3:4": "#AA8800", "1:32": "#332288", "2:16": "#6699CC",
+          "4:16": "#44AA99"}  # fmt: skip
+
+
+def pattern_color(pattern: str) -> str:
+    """Of its numbers where it is not in COLORS, so that it is the same everywhere."""
+    n, _, m = pattern.partition(":")
+    return COLORS.get(pattern) or to_hex(colormaps["turbo"]((37 * int(n) + 11 * int(m)) % 97 / 97))
+
+
+# --- end shared ---
 
 
 @dataclass
@@ -332,7 +346,10 @@ def dense_products(W, bias, x, dy) -> dict[str, Callable]:
 
 
 def onednn_products(W, bias, x, dy) -> dict[str, Callable]:
-    """oneDNN, which torch calls for bfloat16 alone: on AMD twice as fast in float32 as the MKL behind torch.mm."""
+    """oneDNN, which torch calls for bfloat16 alone: on AMD twice as fast in float32 as the MKL behind torch.mm.
+
+    It allocates its results, the only one to do so.
+    """
     linear = partial(torch.ops.mkldnn._linear_pointwise, attr="none", scalars=[], algorithm="")
     return {
         "forward": lambda: linear(x, W, bias),
@@ -630,7 +647,7 @@ def gpu_functions(inputs: int, outputs: int, batch: int, args: Args, device: str
                     continue
                 found[implementation, pattern, product] = products[product]
                 found[f"{implementation}, graph", pattern, product] = graphed(implementation, products[product])
-            except (RuntimeError, NotImplementedError, ValueError) as error:
+            except (RuntimeError, ValueError) as error:
                 unsupported.append(f"{name}: {first_line(error.__context__ or error)}")
 
     if "float32" in args.dtypes:
@@ -648,7 +665,7 @@ def gpu_functions(inputs: int, outputs: int, batch: int, args: Args, device: str
             continue
         try:
             products = sparse_products(W * E, bias, x, dy)
-        except (RuntimeError, NotImplementedError, ValueError) as error:
+        except (RuntimeError, ValueError) as error:
             unsupported.append(f"sparse bf16 {pattern}: {first_line(error)}")
             continue
         add("sparse bf16", pattern, products, exact_products(*rounded, E))
@@ -734,7 +751,7 @@ def draw_speedup(rows: list[dict], args: Args, threads: int) -> Figure | None:
             line = [row for row in wanted if row["product"] == product and row["pattern"] == pattern]
             points = [(row["inputs"], row[base]) for row in line if row[base]]
             if points:
-                color = COLORS.get(pattern, "#7f7f7f")
+                color = pattern_color(pattern)
                 n, m = map(int, pattern.split(":"))
                 ax.plot(*zip(*points, strict=True), color=color, marker="o", markersize=3, linewidth=1.2, label=pattern)
                 ax.axhline(min(m / n, 2) if gpu else m / n, color=color, linestyle=":", linewidth=0.8)
@@ -761,6 +778,10 @@ def benchmark_kernels(args: Args) -> int:
     """Measure, print and write everything but whole training runs. Ctrl-C keeps what is measured."""
     out, gpu = make_folder(args.out), args.device == "cuda"
     threads, code = (1,) if gpu else args.threads, 0
+    try:
+        _ = gpu or load_kernels()
+    except OSError as error:
+        raise UserError(f"the N:M kernels need a C compiler: {first_line(error)}") from None
     content = {"conditions": conditions(args), "layers": [], "actor": [], "masks": [], "wrong": [], "unsupported": []}
     try:
         content["conditions"] |= gpu_limits() if gpu else measure_limits(threads)
@@ -773,22 +794,11 @@ def benchmark_kernels(args: Args) -> int:
                 bar.set_description("actor and masks")
                 measure_actor(args, content)
                 measure_masks(args, content)
-    except OSError as error:
-        raise UserError(f"the N:M kernels need a C compiler: {first_line(error)}") from None
     except KeyboardInterrupt:
         code = 130
         if not content["layers"]:
             return code
-    noise = {}
-    for row in content["layers"]:
-        if row["implementation"] == "dense again":
-            key = f"dense against itself, batch {row['batch']}" + f", {count_threads(row['threads'])}" * (not gpu)
-            noise.setdefault(key, []).append(math.expm1(abs(math.log(row["x_torch_fp32"]))))
-        elif row["pattern"]:
-            key = f"middle half of N:M, {count_threads(row['threads'])}"
-            noise.setdefault(key, []).append((row["us_q3"] - row["us_q1"]) / row["us"])
-    numbers = {key: {"median": statistics.median(found), "worst": max(found)} for key, found in noise.items()}
-    content["noise"] = {key: shorten(found) for key, found in numbers.items()}
+    content["noise"] = measure_noise(content["layers"])
     report_kernels(args, content, out)
     return 1 if content["wrong"] else code
 
@@ -889,8 +899,20 @@ def summarize_kernels(content: dict) -> str:
     return "\n".join(lines) + "\n"
 
 
+def measure_noise(rows: list[dict]) -> dict[str, dict[str, float]]:
+    """Median and worst of how much dense differs from itself, and of the middle half of N:M's timings."""
+    noise = {}
+    for row in rows:
+        if row["implementation"] == "dense again" and row["x_torch_fp32"]:
+            key = f"dense against itself, batch {row['batch']}, {count_threads(row['threads'])}"
+            noise.setdefault(key, []).append(math.expm1(abs(math.log(row["x_torch_fp32"]))))
+        elif row["implementation"] in ("N:M", "sparse bf16, graph"):
+            key = f"middle half of N:M, batch {row['batch']}, {count_threads(row['threads'])}"
+            noise.setdefault(key, []).append((row["us_q3"] - row["us_q1"]) / row["us"])
+    return {key: shorten({"median": statistics.median(found), "worst": max(found)}) for key, found in noise.items()}
+
+
 def describe_noise(noise: dict[str, dict[str, float]]) -> str:
-    """How much dense differs from itself, and the width of the middle half of N:M's timings."""
     return "; ".join(f"{key} {found['median']:.1%} (at most {found['worst']:.1%})" for key, found in noise.items())
 
 
@@ -901,7 +923,7 @@ def write_report(args: Args, content: dict, out: Path, summary: str, figures: di
     try:
         (out / "results.json").write_text(json.dumps(content, indent=1) + "\n")
         with open(out / "results.csv", "w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0])
+            writer = csv.DictWriter(file, rows[0] if rows else ())
             writer.writeheader()
             writer.writerows(rows)
         (out / "summary.md").write_text(summary)
@@ -1086,7 +1108,8 @@ def report_training(args: Args, results: dict[str, list[tuple]], out: Path) -> N
     """Print medians, ranges and ratios; write results.json, summary.md, a figure and a W&B run."""
     content = {"conditions": conditions(args), "rate_update_ms_peak_mib": results}
     table = tabulate_training(content)
-    print(f"{args.env_id}, hidden {args.hidden_dims[0]}, batch 256, {min(args.threads)} thread(s), {cpu_name()}")
+    width, threads = args.hidden_dims[0], count_threads(min(args.threads))
+    print(f"{args.env_id}, batch 256, hidden {width} and {threads} unless named, {cpu_name()}")
     print(f"medians and ranges of {min(map(len, results.values()))} runs each, in turns")
     for row in table:
         print(f"{row[0]:26}" + "".join(f"{cell:>10}" for cell in row[1:]))
@@ -1138,7 +1161,7 @@ def draw_training(args: Args, rates: dict[str, list[float]]) -> Figure:
     figure = Figure(figsize=(7, 1.3 + 0.3 * len(rates)), layout="constrained")
     ax = figure.subplots()
     for place, (label, values) in enumerate(rates.items()):
-        color = COLORS.get(label.partition(",")[0], "#7f7f7f" if label.startswith("S") else "#000000")
+        color = "#7f7f7f" if label.startswith("S") else pattern_color(label.partition(",")[0])
         ax.barh(place, statistics.median(values), color=color, height=0.7)
         for line, width in (("white", 3), ("black", 1)):  # seen on every colour
             ax.plot([min(values), max(values)], [place, place], color=line, linewidth=width)

@@ -502,10 +502,23 @@ def make_studies(runs: list[Run]) -> tuple[list[Study], list[tuple[str, str]]]:
 
 # --- Figures ------------------------------------------------------------------------------------------------------
 
-# Okabe and Ito's colours, one for each pattern everywhere; configurations of one pattern differ in the line.
+# --- shared: colors ---
+# Okabe and Ito's colours first, one for each pattern everywhere.
 COLORS = {"dense": "#000000", "2:4": "#0072B2", "1:4": "#E69F00", "1:8": "#009E73", "1:16": "#CC79A7", "4:8": "#56B4E9",
           "2:8": "#D55E00", "1:2": "#882255", "3:4": "#AA8800", "1:32": "#332288", "2:16": "#6699CC",
           "4:16": "#44AA99"}  # fmt: skip
+
+
+def pattern_color(pattern: str) -> str:
+    """Of its numbers where it is not in COLORS, so that it is the same everywhere."""
+    n, _, m = pattern.partition(":")
+    return COLORS.get(pattern) or to_hex(colormaps["turbo"]((37 * int(n) + 11 * int(m)) % 97 / 97))
+
+
+# --- end shared ---
+
+
+# Configurations of one pattern differ in the line.
 LINES = ["-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 3)), (0, (8, 2, 1, 2))]
 MARKERS = "osD^vP*X"
 
@@ -514,10 +527,7 @@ def style(study: Study, label: str) -> tuple[str, int]:
     """Colour of the pattern, and a number for line and marker within the pattern."""
     pattern = study.configurations[label][0].pattern
     same = [name for name, runs in study.configurations.items() if runs[0].pattern == pattern]
-    if pattern not in COLORS:  # of its numbers, so that it is the same everywhere
-        n, m = map(int, pattern.split(":"))
-        return to_hex(colormaps["turbo"]((37 * n + 11 * m) % 97 / 97)), same.index(label)
-    return COLORS[pattern], same.index(label)
+    return pattern_color(pattern), same.index(label)
 
 
 def new_figure(title: str, rows: int, columns: int, height: float, **options) -> tuple[Figure, np.ndarray]:

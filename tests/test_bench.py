@@ -406,3 +406,21 @@ def test_the_warning_of_noise(monkeypatch, tmp_path, capsys):
         assert run(monkeypatch, *SMALL, "--batch-sizes", 64, "--out", tmp_path) == 0
         assert ("too noisy" in capsys.readouterr().out) is warned
         monkeypatch.setattr(bench, "time_in_turns", turns)
+
+
+def test_no_compiler(monkeypatch, tmp_path, capsys):
+    def fail(*_):
+        raise OSError("no compiler\nat all")
+
+    monkeypatch.setattr(bench, "load_kernels", fail)
+    assert run(monkeypatch, *SMALL, "--out", tmp_path) == 2
+    assert capsys.readouterr().err == "error: the N:M kernels need a C compiler: no compiler\n"
+
+
+def test_noise_is_of_dense_and_of_nm():
+    row = {"batch": 256, "threads": 1, "us": 10.0, "us_q1": 9.0, "us_q3": 11.0, "x_torch_fp32": 1.0}
+    rows = [row | {"implementation": "dense again", "x_torch_fp32": x} for x in (1.25, 0.8, 1.0)]
+    rows += [row | {"implementation": "N:M"}, row | {"implementation": "torch CSR", "us_q3": 99.0}]
+    found = bench.measure_noise(rows)
+    assert found["dense against itself, batch 256, 1 thread"] == {"median": 0.25, "worst": 0.25}
+    assert found["middle half of N:M, batch 256, 1 thread"] == {"median": 0.2, "worst": 0.2}
