@@ -1,42 +1,39 @@
 """Dense TD3 for continuous control in one file: what rnm_td3_continuous.py is compared with.
 
-Papers: Fujimoto, van Hoof, Meger, "Addressing Function Approximation Error in Actor-Critic Methods", arXiv 1802.09477.
+Fujimoto, van Hoof, Meger, "Addressing Function Approximation Error in Actor-Critic Methods" (TD3), arXiv 1802.09477
 
-  Algorithm 1: clipped double-Q target, target smoothing         -> update_critics
-  Algorithm 1: delayed policy, Polyak-averaged targets           -> update_actor, update_targets
+  TD3, Algorithm 1: target smoothing, clipped double-Q target    -> update_critics
+  TD3, Algorithm 1: delayed policy, Polyak-averaged targets      -> update_actor, update_targets
   the order of everything                                        -> update_agent, train
 
-Train with `python dense_td3_continuous.py --env-id Ant-v4`.
-Go on with --resume runs/<run_name>, see what a policy returns with --evaluate runs/<run_name>.
+Train with `python dense_td3_continuous.py --env-id Ant-v4`, go on with --resume runs/<run_name>, measure a
+trained policy with --evaluate runs/<run_name>.
 """
 
-import argparse
+import ast
 import contextlib
 import copy
 import csv
-import dataclasses
-import difflib
 import fcntl
-import io
-import itertools
+import hashlib
 import json
 import math
 import os
-import platform
+import random
 import re
 import shutil
 import signal
 import statistics
 import subprocess
 import sys
-import threading
 import time
 import warnings
 import zipfile
-from dataclasses import dataclass
+from collections import OrderedDict, namedtuple
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, get_type_hints
 
 import gymnasium as gym
 import numpy as np
@@ -45,50 +42,57 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.optim as optim
 import tyro
+from torch.utils.benchmark import Timer
 from tqdm import tqdm
+
+Natural = Annotated[int, 0, 2**62]  # a type with the smallest and the largest value that check_args lets pass
+Positive = Annotated[int, 1, 2**31]
+Share = Annotated[float, 0.0, 1.0]
+Rate = Annotated[float, 1e-12, 1.0]
+Noise = Annotated[float, 0.0, 1e6]
 
 
 @dataclass
 class Args:
     exp_name: str = Path(__file__).stem
     """name of the experiment, part of the run's name"""
-    seed: int = 1
+    seed: Natural = 1
     """seed of every random stream, integer >= 0"""
     env_id: str = "Hopper-v4"
     """gymnasium id of an environment with flat observations and bounded continuous actions"""
-    total_timesteps: int = 1_000_000
+    total_timesteps: Positive = 1_000_000
     """environment steps, >= 1"""
-    learning_rate: float = 3e-4
+    learning_rate: Rate = 3e-4
     """Adam's step size of actor and critics, in (0, 1]"""
-    buffer_size: int = 1_000_000
+    buffer_size: Positive = 1_000_000
     """capacity of the replay buffer in transitions, >= 1"""
-    gamma: float = 0.99
+    gamma: Share = 0.99
     """discount factor, in [0, 1]"""
-    tau: float = 0.005
+    tau: Rate = 0.005
     """share of the online network in each Polyak average, in (0, 1]"""
-    batch_size: int = 256
+    batch_size: Positive = 256
     """transitions per update, >= 1"""
-    policy_noise: float = 0.2
+    policy_noise: Noise = 0.2
     """standard deviation of the target policy's smoothing noise, in units of the action scale, >= 0"""
-    exploration_noise: float = 0.1
+    exploration_noise: Noise = 0.1
     """standard deviation of the acting noise, in units of the action scale, >= 0"""
-    noise_clip: float = 0.5
+    noise_clip: Noise = 0.5
     """bound of the smoothing noise, in units of the action scale, >= 0"""
-    learning_starts: int = 25_000
+    learning_starts: Natural = 25_000
     """environment steps with uniform random actions and no updates before learning, >= 0"""
-    policy_frequency: int = 2
+    policy_frequency: Positive = 2
     """critic updates per update of the actor and the targets (TD3's d), >= 1"""
-    hidden_dim: int = 256
+    hidden_dim: Positive = 256
     """units in each of the two hidden layers, >= 1"""
     device: Literal["cpu", "cuda"] = "cpu"
     """where the networks live"""
-    threads: int = 1
-    """CPU threads, >= 1; one per run fills a machine best"""
-    eval_interval: int = 10_000
+    threads: Positive = 1
+    """CPU threads of torch, >= 1; one per run fills a machine best"""
+    eval_interval: Positive = 10_000
     """environment steps between evaluations (also at 0 and at the end), >= 1"""
-    eval_episodes: int = 10
+    eval_episodes: Positive = 10
     """episodes per evaluation, >= 1"""
-    checkpoint_interval: int = 100_000
+    checkpoint_interval: Positive = 100_000
     """environment steps between checkpoints, taken at the next episode end, >= 1"""
     resume: str | None = None
     """folder of the run to continue, bit for bit; its arguments come from there"""
@@ -111,18 +115,6 @@ class Args:
         check_args(self)
 
 
-def mlp(nets: list[nn.Module], *inputs: torch.Tensor) -> list[torch.Tensor]:
-    """Each network's layers with ReLU between them, on the same inputs side by side: [B, ...] -> [B, out] of each."""
-    x, outputs = torch.cat(inputs, dim=1), []
-    for net in nets:
-        *hidden, head = net.children()
-        y = x
-        for layer in hidden:
-            y = F.relu(layer(y))
-        outputs.append(head(y))
-    return outputs
-
-
 # --- shared: td3 ---
 class Actor(nn.Module):
     """Deterministic policy pi(s): obs [B, obs_dim] -> action [B, action_dim], inside the action bounds."""
@@ -130,17 +122,16 @@ class Actor(nn.Module):
     def __init__(self, env: gym.Env, hidden_dim: int):
         super().__init__()
         obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
-        self.fc1 = nn.Linear(obs_dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, hidden_dim)
-        self.fc_mu = nn.Linear(hidden_dim, action_dim)
+        layers = {"fc1": nn.Linear(obs_dim, hidden_dim), "relu1": nn.ReLU()}
+        layers |= {"fc2": nn.Linear(hidden_dim, hidden_dim), "relu2": nn.ReLU()}
+        layers |= {"fc_mu": nn.Linear(hidden_dim, action_dim)}
+        self.net = nn.Sequential(OrderedDict(layers))
         low, high = action_bounds(env)
         self.register_buffer("action_scale", (high - low) / 2)  # [action_dim], each dimension has its own
         self.register_buffer("action_bias", (high + low) / 2)
-        self.register_buffer("action_low", low, persistent=False)
-        self.register_buffer("action_high", high, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.addcmul(self.action_bias, torch.tanh(mlp([self], x)[0]), self.action_scale)  # bias + tanh * scale
+        return torch.tanh(self.net(x)) * self.action_scale + self.action_bias
 
 
 class QNetwork(nn.Module):
@@ -149,68 +140,62 @@ class QNetwork(nn.Module):
     def __init__(self, env: gym.Env, hidden_dim: int):
         super().__init__()
         obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
-        self.fc1 = nn.Linear(obs_dim + action_dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, hidden_dim)
-        self.fc3 = nn.Linear(hidden_dim, 1)
+        layers = {"fc1": nn.Linear(obs_dim + action_dim, hidden_dim), "relu1": nn.ReLU()}
+        layers |= {"fc2": nn.Linear(hidden_dim, hidden_dim), "relu2": nn.ReLU()}
+        layers |= {"fc3": nn.Linear(hidden_dim, 1)}
+        self.net = nn.Sequential(OrderedDict(layers))
 
     def forward(self, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-        return mlp([self], x, a)[0]
+        return self.net(torch.cat([x, a], dim=1))
 
 
-@dataclass
+Network = namedtuple("Network", "name online target optimizer")
+
+
 class Agent:
-    """The six networks of TD3 and the two optimizers."""
+    """TD3's networks, also by their names (agent.qf1, agent.qf1_target, agent.target_actor), and two optimizers.
 
-    actor: Actor
-    qf1: QNetwork
-    qf2: QNetwork
-    target_actor: Actor
-    qf1_target: QNetwork
-    qf2_target: QNetwork
-    q_optimizer: optim.Adam
-    actor_optimizer: optim.Adam
-    online_parameters: list[nn.Parameter]  # of actor, qf1, qf2, in one list
-    target_parameters: list[nn.Parameter]  # of their targets, in the same order
+    Everything that is done to all networks (masks, Polyak averages, checkpoints, logging) follows the list `networks`.
+    """
 
-
-def make_agent(actor: Actor, qf1: QNetwork, qf2: QNetwork, learning_rate: float) -> Agent:
-    """Targets start as copies of the online networks; one Adam for the actor, one for both critics."""
-    online = (actor, qf1, qf2)
-    targets = [copy.deepcopy(net).requires_grad_(False) for net in online]
-    q_optimizer = optim.Adam([*qf1.parameters(), *qf2.parameters()], lr=learning_rate, fused=True)
-    actor_optimizer = optim.Adam(actor.parameters(), lr=learning_rate, fused=True)
-    for optimizer in (q_optimizer, actor_optimizer):  # tell autograd of the change, which a fused step does not
-        changed = optimizer.param_groups[0]["params"]
-        optimizer.register_step_post_hook(lambda *_, changed=changed: torch.autograd.graph.increment_version(changed))
-    parameters = ([param for net in nets for param in net.parameters()] for nets in (online, targets))
-    return Agent(*online, *targets, q_optimizer, actor_optimizer, *parameters)
+    def __init__(self, networks: dict[str, nn.Module], learning_rate: float):
+        critics = [param for name, net in networks.items() if name != "actor" for param in net.parameters()]
+        self.q_optimizer = make_adam(critics, learning_rate)
+        self.actor_optimizer = make_adam(networks["actor"].parameters(), learning_rate)
+        self.networks = []
+        for name, net in networks.items():
+            target = copy.deepcopy(net).requires_grad_(False)  # targets start as copies
+            optimizer = self.actor_optimizer if name == "actor" else self.q_optimizer
+            self.networks.append(Network(name, net, target, optimizer))
+            vars(self).update({name: net, "target_actor" if name == "actor" else f"{name}_target": target})
+        self.online_parameters = [param for net in self.networks for param in net.online.parameters()]
+        self.target_parameters = [param for net in self.networks for param in net.target.parameters()]
 
 
-def drop_gradients(optimizer: optim.Optimizer) -> None:
-    """What optimizer.zero_grad() does, without its profiling: that takes longer than all the rest of it."""
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            param.grad = None
+def make_networks(args: Args, env: gym.Env) -> dict[str, nn.Module]:
+    """The online networks, as nn.Linear initialises them from torch's global generator."""
+    kinds = {"actor": Actor, "qf1": QNetwork, "qf2": QNetwork}
+    return {name: kind(env, args.hidden_dim).to(args.device) for name, kind in kinds.items()}
 
 
-def update_critics(agent: Agent, data: "Batch", args: Args, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """One step of both critics towards the clipped double-Q target; returns what mean_losses() logs."""
+def update_critics(agent: Agent, data, args: Args, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """One step of both critics towards the clipped double-Q target; returns what is logged of it."""
     with torch.no_grad():
-        noise = torch.empty_like(data.actions).normal_(0.0, args.policy_noise, generator=generator)
-        noise = noise.clamp_(-args.noise_clip, args.noise_clip)  # [B, action_dim]
-        next_state_actions = agent.target_actor(data.next_observations).addcmul_(noise, agent.actor.action_scale)
-        next_state_actions = next_state_actions.clamp_(agent.actor.action_low, agent.actor.action_high)
-        targets = (agent.qf1_target, agent.qf2_target)
-        qf1_next_target, qf2_next_target = mlp(targets, data.next_observations, next_state_actions)
+        scale, bias = agent.actor.action_scale, agent.actor.action_bias  # [action_dim]
+        noise = torch.empty_like(data.actions).normal_(0.0, args.policy_noise, generator=generator)  # [B, action_dim]
+        noise = noise.clamp(-args.noise_clip, args.noise_clip) * scale
+        next_state_actions = (agent.target_actor(data.next_observations) + noise).clamp(bias - scale, bias + scale)
+        qf1_next_target = agent.qf1_target(data.next_observations, next_state_actions)
+        qf2_next_target = agent.qf2_target(data.next_observations, next_state_actions)
         min_qf_next_target = torch.min(qf1_next_target, qf2_next_target)
-        # rewards + gamma * (1 - dones) * min_qf_next_target, [B, 1]
-        next_q_value = torch.addcmul(data.rewards, 1 - data.dones, min_qf_next_target, value=args.gamma)
+        next_q_value = data.rewards + (1 - data.dones) * args.gamma * min_qf_next_target  # [B, 1]
 
-    qf1_a_values, qf2_a_values = mlp((agent.qf1, agent.qf2), data.observations, data.actions)  # both in one pass
+    qf1_a_values = agent.qf1(data.observations, data.actions)
+    qf2_a_values = agent.qf2(data.observations, data.actions)
     qf1_loss = F.mse_loss(qf1_a_values, next_q_value)
     qf2_loss = F.mse_loss(qf2_a_values, next_q_value)
     qf_loss = qf1_loss + qf2_loss
-    drop_gradients(agent.q_optimizer)
+    agent.q_optimizer.zero_grad()
     qf_loss.backward()
     agent.q_optimizer.step()
     return {
@@ -218,15 +203,16 @@ def update_critics(agent: Agent, data: "Batch", args: Args, generator: torch.Gen
         "losses/qf2_values": qf2_a_values.detach(),
         "losses/qf1_loss": qf1_loss.detach(),
         "losses/qf2_loss": qf2_loss.detach(),
+        "losses/qf_loss": qf_loss.detach() / 2,  # as CleanRL logs it
     }
 
 
-def update_actor(agent: Agent, data: "Batch") -> dict[str, torch.Tensor]:
+def update_actor(agent: Agent, data) -> dict[str, torch.Tensor]:
     """One step of the actor up the first critic's gradient."""
     for param in agent.q_optimizer.param_groups[0]["params"]:
-        param.requires_grad_(False)  # the critic's weights need no gradient here
+        param.requires_grad_(False)  # the gradient passes through the critic, whose own weights need none here
     actor_loss = -agent.qf1(data.observations, agent.actor(data.observations)).mean()
-    drop_gradients(agent.actor_optimizer)
+    agent.actor_optimizer.zero_grad()
     actor_loss.backward()
     agent.actor_optimizer.step()
     for param in agent.q_optimizer.param_groups[0]["params"]:
@@ -236,7 +222,7 @@ def update_actor(agent: Agent, data: "Batch") -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def update_targets(agent: Agent, tau: float) -> None:
-    """target <- tau * online + (1 - tau) * target, for all three in one pass."""
+    """Polyak, all networks at once: target <- target + tau * (online - target)."""
     torch._foreach_lerp_(agent.target_parameters, agent.online_parameters, tau)
 
 
@@ -250,96 +236,71 @@ def update_agent(agent: Agent, rb: "ReplayBuffer", args: Args, rng: dict, update
     return losses
 
 
-def mean_losses(losses: dict[str, torch.Tensor]) -> dict[str, float]:
-    """The logged numbers of an update, taken only when a row is written."""
-    row = {key: value.mean().item() for key, value in losses.items()}
-    if losses:
-        row["losses/qf_loss"] = (row["losses/qf1_loss"] + row["losses/qf2_loss"]) / 2  # the mean, as CleanRL logs it
-    return row
-
-
 # --- end shared ---
 
 
-def make_networks(args: Args, env: gym.Env, seed: int) -> tuple[Actor, QNetwork, QNetwork]:
-    """Actor and both critics, initialised by nn.Linear from `seed`."""
-    with torch.random.fork_rng(devices=[]):  # nn.Linear draws from the global generator: seeded here, restored after
-        torch.manual_seed(seed)
-        actor = Actor(env, args.hidden_dim)
-        qf1, qf2 = QNetwork(env, args.hidden_dim), QNetwork(env, args.hidden_dim)
-    return actor.to(args.device), qf1.to(args.device), qf2.to(args.device)
+class State:
+    """What survives a resume beside networks, optimizers, replay and generators. Whatever `train` must remember belongs
+    here (numbers, strings, tensors; lists and dicts of them): a local variable of its own starts anew at a resume."""
+
+    def __init__(self):
+        self.global_step, self.update = 0, 0  # environment steps taken, critic updates done
+        self.losses = {}  # of the last update
+        self.evaluations = []  # [global_step, mean return], but for the one at step 0
+        self.times, self.csv_bytes = [0.0, 0.0], 0  # training seconds by wall and CPU clock, length of metrics.csv
 
 
 def train(args: Args) -> dict:
     """Train; returns run_dir, exit_reason and final_score. README: what is logged, and the files of a run."""
-    set_up_torch(args)
-    video = args.capture_video and can_render(args.env_id)
+    torch.set_num_threads(args.threads)
     env = make_env(args.env_id)
     rng = make_generators(args.seed, args.device)
-    agent = make_agent(*make_networks(args, env, *draw_seeds(rng["init"], 1)), args.learning_rate)
-    rb = ReplayBuffer(args.buffer_size, env, args.device)
+    torch.manual_seed(draw_seeds(rng["init"], 1)[0])
+    agent = Agent(make_networks(args, env), args.learning_rate)
+    stats = model_stats(agent) | {"kernel": "torch"}
+    rb = ReplayBuffer(args.buffer_size, transition_columns(env), args.device)
     eval_seeds = draw_seeds(rng["evaluation"], args.eval_episodes)
     low, high = action_bounds(env)  # [action_dim]
     exploration_scale = args.exploration_noise * (high - low) / 2
     env.reset(seed=draw_seeds(rng["env_reset"], 1)[0])  # once: later resets go on with the environment's own generator
+    seed_globals(draw_seeds(rng["globals"], 1)[0])  # for what a fork draws with torch.rand, np.random or random
 
-    progress = {"global_step": 0, "update": 0, "wall_time_s": 0.0, "evaluations": [], "losses": {}}
+    state = State()
     if args.resume:
-        progress = load_checkpoint(args, agent, rb, rng, env)
-    global_step, update = progress["global_step"], progress["update"]
-    evaluations, losses, update_times = progress["evaluations"], progress["losses"], []
-
-    with Run(args, METRICS, model_stats(args, layer_shapes(agent)), progress) as run:
-
-        def save() -> None:
-            progress.update(global_step=global_step, update=update, losses=losses, wall_time_s=run.wall_time_s())
-            with run.paused():
-                save_checkpoint(run, progress, agent, rb, rng, env, dense_state(agent))
-
+        load_checkpoint(args, state, agent, rb, rng, env)
+    with Run(args, metric_columns(agent), stats, state) as run:
         if not args.resume:
-            with run.paused():
-                row = evaluate(agent.actor, args.env_id, eval_seeds, global_step)
-            run.log(0, row | {f"sparsity/density/{net}": d for net, d in run.stats["density"].items()})
-            save()
-
-        obs, _ = env.reset()
-        check_finite(f"reset after step {global_step}", obs)
-        episodic_return, episodic_length = 0.0, 0
-        while global_step < args.total_timesteps:
-            if global_step < args.learning_starts:
-                action = (low + (high - low) * torch.rand(low.shape, generator=rng["warmup"])).numpy()
+            density = {f"sparsity/density/{name}": value for name, value in stats["density"].items()}
+            run.log(0, density | run.evaluate(agent.actor, eval_seeds, 0))
+            save_checkpoint(run, state, agent, rb, rng, env)
+        obs = reset(env, state.global_step)
+        while state.global_step < args.total_timesteps:
+            if state.global_step < args.learning_starts:
+                action = low + (high - low) * torch.rand(low.shape, generator=rng["warmup"])
             else:
-                noise = torch.randn(low.shape, generator=rng["exploration"])
-                action = act(agent.actor, obs).addcmul_(noise, exploration_scale).clamp_(low, high).numpy()
-
-            next_obs, reward, terminated, truncated, _ = env.step(action)
-            global_step += 1
-            rb.add(obs, next_obs, action, reward, terminated)  # true successor; only termination cuts the bootstrap
-            check_finite(f"observation or reward of step {global_step}", rb.last)
+                noise = exploration_scale * torch.randn(low.shape, generator=rng["exploration"])
+                action = (act(agent.actor, obs) + noise).clamp(low, high)
+            action = action.numpy()
+            next_obs, reward, terminated, truncated, info = env.step(action)
+            state.global_step = global_step = state.global_step + 1
+            check_finite("observation or reward", global_step, next_obs, float(reward))
+            # next_obs is the true successor, also where an episode is cut off: only termination cuts the bootstrap
+            rb.add(observations=obs, actions=action, next_observations=next_obs, rewards=reward, dones=terminated)
             obs = next_obs
-            episodic_return += float(reward)
-            episodic_length += 1
 
-            row = {}
-            if global_step > args.learning_starts:
-                start = time.perf_counter()
-                update += 1
-                losses |= update_agent(agent, rb, args, rng, update)
-                check_finite(f"a loss of step {global_step}", *(x.item() for x in losses.values() if not x.dim()))
-                update_times.append(time.perf_counter() - start)
-
+            row, learning, last = {}, global_step > args.learning_starts, global_step == args.total_timesteps
+            if learning:
+                with run.timed("updates"):
+                    state.update += 1
+                    state.losses |= update_agent(agent, rb, args, rng, state.update)
+                    check_finite("a loss", global_step, *(x.item() for x in state.losses.values() if not x.dim()))
             if terminated or truncated:
-                row |= {"charts/episodic_return": episodic_return, "charts/episodic_length": episodic_length}
+                row |= {"charts/episodic_return": info["episode"]["r"], "charts/episodic_length": info["episode"]["l"]}
             if global_step % 1000 == 0:
-                row |= mean_losses(losses)
-                row["charts/SPS"] = run.steps_per_second(global_step)
-                if update_times:
-                    row["charts/update_ms"] = 1e3 * statistics.fmean(update_times)
-                    update_times.clear()
-            if global_step % args.eval_interval == 0 or global_step == args.total_timesteps:
-                with run.paused():
-                    row |= evaluate(agent.actor, args.env_id, eval_seeds, global_step)
-                evaluations.append([global_step, row["eval/episodic_return"]])
+                row |= {key: value.mean().item() for key, value in state.losses.items()} | run.speed(state)
+            if global_step % args.eval_interval == 0 or last:
+                row |= run.evaluate(agent.actor, eval_seeds, global_step)
+                state.evaluations.append([global_step, row["eval/episodic_return"]])
             if row:
                 run.log(global_step, row)
             run.bar.update()
@@ -347,123 +308,74 @@ def train(args: Args) -> dict:
             if terminated or truncated:
                 stop = run.stop_signal  # read once: a signal may come between the next lines
                 if run.checkpoint_due(global_step, env, stop):
-                    save()
+                    save_checkpoint(run, state, agent, rb, rng, env)
                 if stop:
                     break
-                obs, _ = env.reset()
-                check_finite(f"reset after step {global_step}", obs)
-                episodic_return, episodic_length = 0.0, 0
+                obs = reset(env, global_step)
 
-        if global_step >= args.total_timesteps:
-            run.finish(final_score(evaluations), dense_state(agent))
-            run.attempt("hardware report", lambda: hardware_report(run, env, rb, make_networks(args, env, seed=0)))
-            if video:
-                run.attempt("video", lambda: run.film(agent.actor, eval_seeds[0]))
+        if state.global_step >= args.total_timesteps:
+            write_files(run, state, agent, rb)
+            run.finish(final_score(state.evaluations))
+            if args.capture_video:
+                run.attempt("video", lambda: evaluate(agent.actor, args.env_id, eval_seeds[:1], 0, run.dir / "videos"))
+            run.attempt("hardware report", lambda: hardware_report(run, env, rb, agent))
     return {"run_dir": str(run.dir), "exit_reason": run.meta["exit_reason"], "final_score": run.meta["final_score"]}
 
 
 # --- From here on: what a first reader may skip -------------------------------------------------------------------
 
 
-METRICS = (
-    "global_step charts/episodic_return charts/episodic_length charts/SPS charts/update_ms charts/wall_time_s"
-    " losses/qf1_values losses/qf2_values losses/qf1_loss losses/qf2_loss losses/qf_loss losses/actor_loss"
-    " eval/episodic_return eval/episodic_return_std eval/episodic_length"
-    " sparsity/density/actor sparsity/density/qf1 sparsity/density/qf2"
-).split()
+def plain_state(net: nn.Module) -> dict[str, torch.Tensor]:
+    return {name.removeprefix("net."): tensor for name, tensor in net.state_dict().items()}
 
 
-def layer_shapes(agent: Agent) -> dict[str, list[tuple[int, int, int]]]:
-    """(outputs, inputs, weights kept per row) of every layer of the online networks."""
-    nets = {"actor": agent.actor, "qf1": agent.qf1, "qf2": agent.qf2}
-    return {
-        name: [(*layer.weight.shape, layer.weight.shape[1]) for layer in net.children()]
-        for name, net in nets.items()
-    }
+def write_files(run: "Run", _state: State, agent: Agent, rb: "ReplayBuffer") -> None:
+    save_model(run.dir / "model.pt", agent, rb)
 
 
 # --- shared: arguments ---
 class UserError(Exception):
-    """Something that the user typed or pointed to is wrong: one line, exit code 2."""
-
-
-class NonFiniteError(Exception):
-    """NaN or infinity in an observation, a reward or a loss: one line, exit code 1."""
+    """What the user typed or pointed to is wrong: one line, exit code 2."""
 
 
 def check_args(args: "Args") -> None:
-    """Raise UserError for a number out of the range that its help names."""
-    huge = 2**62
-    limits = {
-        (0, huge): "seed learning_starts mask_update_interval policy_noise exploration_noise noise_clip",
-        (1, huge): "total_timesteps buffer_size policy_frequency eval_interval checkpoint_interval",
-        (1, 2**20): "batch_size eval_episodes",
-        (0, 1): "gamma tau learning_rate",
-        (1, 2**15): "hidden_dim n m",
-        (1, 1024): "threads",
-    }
-    for (low, high), names in limits.items():
-        for name in names.split():
-            value = getattr(args, name, low)
-            above = name in ("tau", "learning_rate")  # these exclude their lower bound
-            if not low <= value <= high or (above and value == low):
-                most = f" and at most {high}" if high < huge else ""
-                raise UserError(f"{flag(name)} must be {'more than' if above else 'at least'} {low}{most}, not {value}")
-    if getattr(args, "n", 1) > getattr(args, "m", 1) or getattr(args, "m", 1) > args.hidden_dim:
-        raise UserError(f"1 <= --n <= --m <= --hidden-dim is needed, not n {args.n}, m {args.m}, {args.hidden_dim}")
-
-
-def set_up_torch(args: "Args") -> None:
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no GPU here, use --device cpu")
-    torch.set_num_threads(args.threads)
-
-
-# What may be typed beside --resume and --evaluate and differ from the run.
-MAY_CHANGE = "resume runs_dir total_timesteps checkpoint_interval track wandb_project_name wandb_entity capture_video"
-EVALUATE_MAY_CHANGE = "evaluate runs_dir eval_episodes capture_video seed device threads"
+    """Raise UserError for a number outside the range that its field names, and for what does not go together."""
+    for name, hint in get_type_hints(type(args), include_extras=True).items():
+        low, high = getattr(hint, "__metadata__", (None, None))
+        if low is not None and not low <= getattr(args, name) <= high:
+            raise UserError(f"{flag(name)} must be at least {low} and at most {high}, not {getattr(args, name)}")
+    if hasattr(args, "n") and not args.n <= args.m <= args.hidden_dim:
+        raise UserError(f"--n <= --m <= --hidden-dim is needed, not {args.n}, {args.m}, {args.hidden_dim}")
 
 
 def parse_args(argv: list[str] | None = None) -> "Args":
-    """The command line; beside --resume or --evaluate the run's own arguments are the defaults and must be kept."""
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--resume")
-    finder.add_argument("--evaluate")
-    found = finder.parse_known_args(argv)[0]
-    folder = found.evaluate if found.resume is None else found.resume
+    """The command line; beside --resume or --evaluate the run's own arguments are the defaults."""
+    args = tyro.cli(Args, description=__doc__, args=argv)
+    folder = args.evaluate if args.resume is None else args.resume
     if folder is None:
-        return tyro.cli(Args, description=__doc__, args=argv)
-    if None not in (found.resume, found.evaluate):
+        return args
+    if args.resume and args.evaluate:
         raise UserError("--resume and --evaluate exclude each other")
-    may_change = MAY_CHANGE if found.evaluate is None else EVALUATE_MAY_CHANGE
-    try:
-        saved = Args(**read_meta(folder)["args"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder}/meta.json does not fit this version of the script: {first_line(error)}") from None
-    saved.resume = saved.evaluate = None
-    args = tyro.cli(Args, description=__doc__, args=argv, default=dataclasses.replace(saved))
-    for name, old in vars(saved).items():
-        if getattr(args, name) != old and name not in may_change.split():
+    saved = read_run(folder)[1]
+    args = tyro.cli(Args, description=__doc__, args=argv, default=replace(saved))
+    free = "resume runs_dir total_timesteps checkpoint_interval track wandb_project_name wandb_entity capture_video"
+    for name, old in vars(saved).items() if args.resume else ():
+        if getattr(args, name) != old and name not in free.split():
             raise UserError(f"{flag(name)} is {old} in {folder} and can't become {getattr(args, name)}")
     if args.total_timesteps < saved.total_timesteps:
         raise UserError(f"--total-timesteps is {saved.total_timesteps} in {folder} and can only grow")
     return args
 
 
-def read_meta(folder: str) -> dict:
-    path = Path(folder) / "meta.json"
+def read_run(folder: str) -> tuple[dict, "Args"]:
+    """meta.json and the arguments of a run of this script."""
     try:
-        meta = json.loads(path.read_text())
-        script = meta["script"]
-        for key in "run_name wandb_id args exit_reason final_score kernel threads hardware versions".split():
-            _ = meta[key]  # all that is read later
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{folder} is not the folder of a run: {path} does not exist") from None
+        meta = json.loads(Path(folder, "meta.json").read_text())
+        if meta["script"] != Path(__file__).name:
+            raise UserError(f"{folder} was made by {meta['script']}, go on with that script")
+        return meta, Args(**meta["args"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged: {first_line(error)}") from None
-    if script != Path(__file__).name:
-        raise UserError(f"{folder} was made by {script}, go on with that script")
-    return meta
+        raise UserError(f"{folder} holds no run of this version: {first_line(error)}") from None
 
 
 def flag(name: str) -> str:
@@ -480,19 +392,15 @@ def main() -> int:
     try:
         args = parse_args()
         if args.evaluate:
-            evaluate_run(args)
-            return 0
-        meta = read_meta(args.resume) if args.resume else {"exit_reason": None}
-        if meta["exit_reason"] == "finished" and args.total_timesteps == meta["args"]["total_timesteps"]:
+            return evaluate_run(args)
+        meta, saved = read_run(args.resume) if args.resume else ({"exit_reason": None}, args)
+        if meta["exit_reason"] == "finished" and args.total_timesteps == saved.total_timesteps:
             print(f"{args.resume} is finished (final score {meta['final_score']}), nothing to do")
             return 0
         return {"sigint": 130, "sigterm": 143}.get(train(args)["exit_reason"], 0)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (NonFiniteError, OSError) as error:
+    except (UserError, FloatingPointError, OSError) as error:
         print(f"error: {first_line(error)}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         return 130
 
@@ -501,62 +409,38 @@ def main() -> int:
 
 
 # --- shared: replay ---
-class Batch(NamedTuple):
-    observations: torch.Tensor  # [B, obs_dim]
-    actions: torch.Tensor  # [B, action_dim]
-    next_observations: torch.Tensor  # [B, obs_dim]
-    rewards: torch.Tensor  # [B, 1]
-    dones: torch.Tensor  # [B, 1], 1 where the episode terminated (not where it was cut off)
-
-
 class ReplayBuffer:
-    """Ring of transitions, one float32 row each, so that a batch is a single gather. Samples with replacement."""
+    """Ring of transitions, one float32 row each, so that a batch is a single gather; sampled with replacement.
 
-    FILE_ROWS = 100_000
+    columns: the width of each part of a row; a batch has them as attributes [B, width], in their order.
+    """
 
-    def __init__(self, size: int, env: gym.Env, device: str):
-        obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
-        self.size, self.device = size, device
-        self.widths = [obs_dim, action_dim, obs_dim, 1, 1]  # obs | action | next obs | reward | done
+    def __init__(self, size: int, columns: dict[str, int], device: str):
+        self.size, self.widths, self.device, self.added = size, list(columns.values()), device, 0
         try:
             self.array = np.zeros((size, sum(self.widths)), np.float32)  # takes memory only as it fills
         except (MemoryError, ValueError):
-            raise UserError(f"--buffer-size {size} needs {size * sum(self.widths) >> 28:,} GiB of memory") from None
-        self.rows = torch.from_numpy(self.array)
-        self.added = 0  # transitions ever added
-        self.last = self.array[0]  # the row added last
-        self.files: list[list[int]] = []  # [start, stop) of the transitions in each file on disk
+            raise UserError(f"--buffer-size {size} is more than memory holds") from None
+        self.rows, self.Batch = torch.from_numpy(self.array), namedtuple("Batch", columns)
+        stops = np.cumsum(self.widths).tolist()
+        self.places = {name: slice(stop - columns[name], stop) for name, stop in zip(columns, stops, strict=True)}
 
-    def add(self, obs, next_obs, action, reward, done) -> None:
-        row, a, n = self.array[self.added % self.size], self.widths[0], self.widths[0] + self.widths[1]
-        self.last = row
-        row[:a], row[a:n], row[n:-2], row[-2], row[-1] = obs, action, next_obs, reward, done
+    def add(self, **transition) -> None:
+        row = self.array[self.added % self.size]
+        for name, value in transition.items():
+            row[self.places[name]] = value
         self.added += 1
 
-    def sample(self, batch_size: int, generator: torch.Generator) -> Batch:
+    def sample(self, batch_size: int, generator: torch.Generator):
         index = torch.randint(min(self.added, self.size), (batch_size,), generator=generator)
-        rows = self.rows.index_select(0, index).to(self.device)
-        return Batch(*rows.split(self.widths, dim=1))
+        return self.Batch(*self.rows.index_select(0, index).to(self.device).split(self.widths, dim=1))
 
-    def save(self, folder: Path) -> None:
-        """Write the transitions since the last save to new files: those of older checkpoints are never touched."""
-        oldest = max(0, self.added - self.size)
-        start = max(oldest, self.files[-1][1] if self.files else 0)
-        self.files = [file for file in self.files if file[1] > oldest]
-        while start < self.added:
-            stop = min(start + self.FILE_ROWS, self.added)
-            rows = self.array[np.arange(start, stop) % self.size]
-            write_atomic(folder / f"{start}-{stop}.npz", lambda file, rows=rows: np.savez(file, rows=rows))  # has CRCs
-            self.files.append([start, stop])
-            start = stop
+    def state_dict(self) -> dict:
+        return {"added": self.added, "rows": torch.from_numpy(self.array[: self.added])}  # without the empty part
 
-    def load(self, folder: Path, files: list[list[int]], added: int) -> None:
-        self.files, self.added = files, added
-        for start, stop in files:
-            first = max(start, added - self.size)
-            with np.load(folder / f"{start}-{stop}.npz", allow_pickle=False) as file:
-                rows = file["rows"]
-            self.array[np.arange(first, stop) % self.size] = rows[first - start :]
+    def load_state_dict(self, state: dict) -> None:
+        self.added = state["added"]
+        self.rows[: len(state["rows"])] = state["rows"]
 
 
 # --- end shared ---
@@ -566,31 +450,34 @@ class ReplayBuffer:
 def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     """A plain environment; raises UserError where this script can't run on it."""
     warnings.filterwarnings("ignore", ".*is out of date", DeprecationWarning)  # v4 is what was published
-    if not re.search(r"-v\d+$", env_id):
-        raise UserError(f"--env-id {env_id} must name the version, as in Ant-v4")
     try:
-        env = gym.make(env_id, render_mode=render_mode, disable_env_checker=True)  # the checker takes time each step
+        env = gym.make(env_id, render_mode=render_mode, disable_env_checker=True)  # the checker costs time each step
     except Exception as error:
-        near = [] if env_id in gym.registry else difflib.get_close_matches(env_id, gym.registry, cutoff=0.5)
-        hint = f" (close to it: {', '.join(near)})" if near else ""
-        raise UserError(f"--env-id {env_id}: {first_line(error)}{hint}") from None
+        raise UserError(f"--env-id {env_id}: {first_line(error)}") from None
     obs, action = env.observation_space, env.action_space
-    if not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1 or not obs.shape[0]:
-        raise UserError(f"--env-id {env_id} must have flat observations (a Box of one dimension), not {obs}")
-    if not isinstance(action, gym.spaces.Box) or action.dtype.kind != "f" or action.shape[1:] or not action.low.size:
-        raise UserError(f"--env-id {env_id} must have continuous actions (a Box of one dimension), not {action}")
+    if not all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in (obs, action)):
+        raise UserError(f"--env-id {env_id} must have flat observations and continuous actions, not {obs}, {action}")
     if not (np.isfinite([action.low, action.high]).all() and (action.low < action.high).all()):
         raise UserError(f"--env-id {env_id} must have bounded actions, not {action}")
-    return env
+    if not re.search(r"-v\d+$", env_id):
+        raise UserError(f"--env-id {env_id} must name the version, as in Ant-v4")
+    return gym.wrappers.RecordEpisodeStatistics(env)  # info["episode"] at an episode's end
 
 
 def action_bounds(env: gym.Env) -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(torch.tensor(bound, dtype=torch.float32) for bound in (env.action_space.low, env.action_space.high))
 
 
+def transition_columns(env: gym.Env) -> dict[str, int]:
+    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
+    return {"observations": obs_dim, "actions": action_dim, "next_observations": obs_dim, "rewards": 1, "dones": 1}
+
+
 def make_generators(seed: int, device: str) -> dict[str, torch.Generator]:
-    """A random stream for each purpose, so that none shifts another (D8)."""
-    names = ("init", "env_reset", "warmup", "exploration", "replay", "smoothing", "evaluation")
+    """A random stream for each purpose, so that none shifts another (D8). Add yours at the end."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here, use --device cpu")
+    names = ("init", "env_reset", "warmup", "exploration", "replay", "smoothing", "evaluation", "globals")
     generators = {name: torch.Generator(device if name == "smoothing" else "cpu") for name in names}
     for generator, child in zip(generators.values(), np.random.SeedSequence(seed).spawn(len(names)), strict=True):
         generator.manual_seed(int(child.generate_state(1, np.uint64)[0] >> 1))
@@ -601,72 +488,92 @@ def draw_seeds(generator: torch.Generator, count: int) -> list[int]:
     return torch.randint(2**31, (count,), generator=generator).tolist()
 
 
-def check_finite(what: str, *values) -> None:
+def seed_globals(seed: int) -> None:
+    """Seed what a fork may draw from without thinking: random, numpy.random, torch.rand."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def get_globals() -> list:
+    name, key, *rest = np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return [random.getstate(), [name, key.tolist(), *rest], torch.get_rng_state(), cuda]
+
+
+def set_globals(python_state, numpy_state, torch_state, cuda_states) -> None:
+    random.setstate(python_state)
+    np.random.set_state(numpy_state)
+    torch.set_rng_state(torch_state)
+    torch.cuda.set_rng_state_all(cuda_states)
+
+
+@contextlib.contextmanager
+def evaluating(actor: nn.Module):
+    """eval() mode; global generators come back as they were, so that training does not depend on evaluations."""
+    states = get_globals()
+    actor.eval()
+    with torch.no_grad():
+        yield
+    actor.train()
+    set_globals(*states)
+
+
+def check_finite(what: str, step: int, *values) -> None:
     for value in values:
         if not (math.isfinite(value) if isinstance(value, float) else np.isfinite(value).all()):
-            raise NonFiniteError(f"{what} is NaN or infinite")
+            raise FloatingPointError(f"{what} at step {step} is NaN or infinite")
+
+
+def reset(env: gym.Env, step: int) -> np.ndarray:
+    obs, _ = env.reset()
+    check_finite("observation of the reset", step, obs)
+    return obs
 
 
 @torch.no_grad()
 def act(actor: "Actor", obs: np.ndarray) -> torch.Tensor:
     """Noise-free action [action_dim] on the CPU. Copies obs: only torch's own memory is sure to be aligned."""
-    x = torch.tensor(obs[None], dtype=torch.float32, device=actor.action_scale.device)
-    return actor(x)[0].cpu()
+    return actor(torch.tensor(obs[None], dtype=torch.float32, device=actor.action_scale.device))[0].cpu()
 
 
-def evaluate(actor: "Actor", env_id: str, seeds: list[int], step: int, video: Path | None = None) -> dict[str, float]:
-    """Returns and lengths of the noise-free policy, an episode per seed, in an environment of its own."""
-    env = make_env(env_id, render_mode="rgb_array" if video else None)
-    if video:
-        options = {"episode_trigger": lambda _: True, "name_prefix": video.name, "disable_logger": True}
-        env = gym.wrappers.RecordVideo(env, str(video.parent), **options)
-    returns, lengths = [0.0] * len(seeds), [0] * len(seeds)
-    for episode, seed in enumerate(seeds):
-        obs, _ = env.reset(seed=seed)
-        done = False
-        while not done:
-            obs, reward, terminated, truncated, _ = env.step(act(actor, obs).numpy())
-            check_finite(f"observation or reward in the evaluation at step {step}", obs, reward)
-            returns[episode] += float(reward)
-            lengths[episode] += 1
-            done = terminated or truncated
+def evaluate(actor: "Actor", env_id: str, seeds: list[int], step: int, videos: Path | None = None) -> dict[str, float]:
+    """Return and length of the noise-free policy, an episode per seed, in an environment of its own."""
+    env, episodes = make_env(env_id, "rgb_array" if videos else None), []
+    if videos:
+        if sys.platform == "linux" and "DISPLAY" not in os.environ:
+            os.environ.setdefault("MUJOCO_GL", "egl")
+        env = gym.wrappers.RecordVideo(env, str(videos), lambda _: True, disable_logger=True)
+    with evaluating(actor):
+        for seed in seeds:
+            (obs, info), done = env.reset(seed=seed), False
+            while not done:
+                obs, reward, terminated, truncated, info = env.step(act(actor, obs).numpy())
+                check_finite("observation or reward in the evaluation", step, obs, float(reward))
+                done = terminated or truncated
+            episodes.append((info["episode"]["r"], info["episode"]["l"]))
     env.close()
-    return {
-        "eval/episodic_return": float(np.mean(returns)),
-        "eval/episodic_return_std": float(np.std(returns)),
-        "eval/episodic_length": float(np.mean(lengths)),
-    }
+    (mean, length), (std, _) = np.mean(episodes, 0).tolist(), np.std(episodes, 0).tolist()
+    return {"eval/episodic_return": mean, "eval/episodic_return_std": std, "eval/episodic_length": length}
 
 
-def evaluate_run(args: "Args") -> None:
+def evaluate_run(args: "Args") -> int:
     """--evaluate: the run's own evaluation episodes (further ones come from the same stream), filmed if asked for."""
-    set_up_torch(args)
-    folder, video = Path(args.evaluate), args.capture_video and can_render(args.env_id)
-    actor = Actor(make_env(args.env_id), args.hidden_dim).to(args.device)  # plain nn.Linear layers
+    torch.set_num_threads(args.threads)
+    path, actor = Path(args.evaluate, "model.pt"), make_networks(args, make_env(args.env_id))["actor"]
     try:
-        actor.load_state_dict(read_torch(folder / "model.pt")["actor"])
+        content = read_torch(path)
+        actor.load_state_dict({name: content["actor"][name.removeprefix("net.")] for name in actor.state_dict()})
+        observations, actions = content["probe"]
     except Exception as error:
-        raise UserError(f"{folder / 'model.pt'} is missing, damaged or foreign: {first_line(error)}") from None
+        raise UserError(f"{path} is missing, damaged or foreign: {first_line(error)}") from None
+    with evaluating(actor):
+        if not torch.allclose(actor(observations.to(args.device)).cpu(), actions, rtol=1e-3, atol=1e-4):
+            raise UserError(f"{path}: plain layers do not act as the run's own network did")
     seeds = draw_seeds(make_generators(args.seed, args.device)["evaluation"], args.eval_episodes)
-    film = folder / "videos" / time.strftime("evaluate-%Y%m%d-%H%M%S")
-    row = evaluate(actor, args.env_id, seeds, 0, film if video else None)
-    print(f"{folder.name}: return {row['eval/episodic_return']:.1f} ± {row['eval/episodic_return_std']:.1f}, mean ± std"
-          f" of {len(seeds)} episodes{f', videos in {folder}/videos' if video else ''}")  # fmt: skip
-
-
-def can_render(env_id: str) -> bool:
-    """Try one frame, in a process of its own because a broken driver may kill it."""
-    environ = dict(os.environ)
-    if sys.platform == "linux" and "DISPLAY" not in environ:
-        environ.setdefault("MUJOCO_GL", "egl")
-    code = f"import gymnasium, moviepy; e = gymnasium.make({env_id!r}, render_mode='rgb_array'); e.reset(); e.render()"
-    trial = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True)
-    if trial.returncode == 0:
-        os.environ.update(environ)  # mujoco reads it when it is imported
-    else:
-        reason = (trial.stderr.strip() or f"exit code {trial.returncode}").splitlines()[-1]
-        print(f"warning: going on without video, a trial frame failed: {reason}", file=sys.stderr)
-    return trial.returncode == 0
+    row = evaluate(actor, args.env_id, seeds, 0, path.parent / "videos" if args.capture_video else None)
+    print("{}: return {:.1f} ± {:.1f} (mean ± std), length {:.0f}".format(path.parent.name, *row.values()))
+    return 0
 
 
 # --- end shared ---
@@ -683,82 +590,113 @@ def final_score(evaluations: list[list]) -> float:
 
 
 # --- shared: run ---
-class Run:
-    """What a run leaves behind (folder, W&B), its training clock, progress bar and signals."""
+def make_adam(parameters, learning_rate: float) -> optim.Adam:
+    """Adam in one fused call, which does not tell autograd that it changed the parameters: the hook does."""
+    optimizer = optim.Adam(parameters, lr=learning_rate, fused=True)
+    changed = optimizer.param_groups[0]["params"]
+    optimizer.register_step_post_hook(lambda *_: torch.autograd.graph.increment_version(changed))
+    return optimizer
 
-    def __init__(self, args: "Args", metrics: list[str], stats: dict, progress: dict, kernel: str = "torch"):
-        self.args, self.stats, self.stop_signal = args, stats, None
-        self.last_checkpoint = progress["global_step"] if args.resume else None
-        facts = {
-            "n": getattr(args, "n", None), "m": getattr(args, "m", None), "kernel": kernel, "threads": args.threads,
-            "hardware": hardware_name(args), "cores": os.cpu_count(), **stats,
-            "versions": {"python": platform.python_version()}
-            | {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy", "wandb")},
-        }  # fmt: skip
-        facts["commit"], facts["dirty"] = git_state()
+
+def metric_columns(agent: "Agent") -> list[str]:
+    """The columns of metrics.csv: add what you log."""
+    names = [net.name for net in agent.networks]
+    groups = {
+        "charts": "episodic_return episodic_length SPS update_ms wall_time_s cpu_time_s".split(),
+        "losses": [f"{name}_{kind}" for name in names[1:] for kind in ("values", "loss")] + ["qf_loss", "actor_loss"],
+        "eval": "episodic_return episodic_return_std episodic_length".split(),
+        "sparsity/density": names,
+    }
+    return ["global_step", *(f"{group}/{name}" for group, names in groups.items() for name in names)]
+
+
+def model_stats(agent: "Agent") -> dict:
+    """Modules of the online networks: name, type, shape of the weight, how much of it is active; and their sizes."""
+    modules, density, active, inactive = {}, {}, 0, 0
+    for net in agent.networks:
+        modules[net.name], kept, size = [], 0, 0
+        for name, part in net.online.named_modules():
+            if not list(part.children()):
+                modules[net.name].append({"name": name.removeprefix("net."), "type": type(part).__name__})
+                if isinstance(weight := getattr(part, "weight", None), torch.Tensor):
+                    modules[net.name][-1]["weight"] = list(weight.shape)
+                    if weight.dim() == 2:
+                        modules[net.name][-1]["active"] = own = getattr(part, "active_weights", weight).numel()
+                        kept, size = kept + own, size + weight.numel()
+        density[net.name], inactive = kept / size, inactive + size - kept
+        active += sum(param.numel() for param in net.online.parameters())
+    return {"modules": modules, "density": density, "params_total": active + inactive, "params_active": active}
+
+
+def save_model(path: Path, agent: "Agent", rb: "ReplayBuffer") -> None:
+    """model.pt: each network as plain layers hold it; 16 observations (at first zeros) with the actor's actions."""
+    content = {name: plain_state(part) for name, part in vars(agent).items() if isinstance(part, nn.Module)}
+    observations = rb.rows[:16, rb.places["observations"]].clone()
+    with evaluating(agent.actor):
+        content["probe"] = [observations, agent.actor(observations.to(rb.device)).cpu()]
+    write_atomic(path, lambda file: torch.save(content, file))
+
+
+class Run:
+    """What a run leaves behind (folder, W&B), its training clocks, progress bar and signals."""
+
+    def __init__(self, args: "Args", columns: list[str], stats: dict, state: "State"):
+        self.args, self.stop_signal, self.last_checkpoint = args, None, state.global_step if args.resume else None
+        facts = machine_facts(args) | stats
         if args.resume:
-            self.dir, self.meta = Path(args.resume), read_meta(args.resume)
-            new = [key for key in ("kernel", "threads", "hardware", "versions") if facts[key] != self.meta[key]]
-            if new:
-                changes = "; ".join(f"{key} was {self.meta[key]}, is {facts[key]}" for key in new)
-                print(f"warning: not bit for bit: {changes}", file=sys.stderr)
-            facts = {"resumed": [*self.meta.get("resumed", []), {"global_step": self.last_checkpoint, **facts}]}
+            self.dir, self.meta = Path(args.resume), read_run(args.resume)[0]
+            for key in ("code", "kernel", "threads", "hardware", "versions"):
+                if facts[key] != self.meta.get(key):
+                    print(f"warning: not bit for bit, {key} was {self.meta.get(key)}, is {facts[key]}", file=sys.stderr)
+            facts = {"resumed": [*self.meta.get("resumed", []), {"global_step": state.global_step, **facts}]}
         else:
-            self.dir = new_run_dir(args)
-            (self.dir / "replay").mkdir()
-            self.meta = {"script": Path(__file__).name, "run_name": self.dir.name, "start": utc_now()}
-            self.meta["wandb_id"] = f"{self.dir.name}-{os.urandom(2).hex()}"  # names are unique in a folder only
-        self.csv = open_metrics(self.dir / "metrics.csv", metrics, progress.get("csv_bytes", 0))
-        self.writer = csv.DictWriter(self.csv, metrics, lineterminator="\n")  # a key that is not in `metrics` raises
-        self.meta |= facts | {"args": vars(args) | {"resume": None}, "end": None, "exit_reason": "running"}
-        self.meta |= {"final_score": None}
-        self.write_meta()
+            pattern, now = f"_{args.n}of{args.m}" if hasattr(args, "n") else "", time.strftime("%Y%m%d-%H%M%S")
+            name = re.sub(r"[^\w.-]", "-", f"{args.env_id}__{args.exp_name}{pattern}__s{args.seed}__{now}")
+            self.dir = Path(args.runs_dir, name)
+            try:
+                self.dir.mkdir(parents=True)
+                shutil.copy(__file__, self.dir)
+            except OSError as error:
+                raise UserError(f"--runs-dir {args.runs_dir}: {error}") from None
+            self.meta = {"script": Path(__file__).name, "run_name": name, "start": time.strftime(self.ISO)}
+            self.meta["wandb_id"] = f"{name}-{os.urandom(2).hex()}"  # names are unique in a folder only
+        self.csv = open_metrics(self.dir / "metrics.csv", columns, state.csv_bytes)
+        self.writer = csv.DictWriter(self.csv, columns, lineterminator="\n")
+        self.meta |= facts | {"args": vars(args) | {"resume": None}, "end": None}
+        self.write_meta(exit_reason="running", final_score=None)
         self.wandb = start_wandb(args, self.meta)
-        self.bar = tqdm(total=args.total_timesteps, initial=progress["global_step"], unit="step", dynamic_ncols=True,
-                        disable=not sys.stderr.isatty())  # fmt: skip
-        self.clock = time.perf_counter() - progress["wall_time_s"]
-        self.last_row = (progress["global_step"], progress["wall_time_s"])
+        self.spent = {"paused": clock() - np.array(state.times), "updates": np.zeros(2)}
+        self.last = np.array([state.global_step, state.update, state.times[0], 0.0])
+        self.terminal, step = sys.stderr.isatty(), state.global_step
+        file = None if self.terminal else open(os.devnull, "w")
+        self.bar = tqdm(initial=step, total=args.total_timesteps, unit="step", dynamic_ncols=True, file=file)
+
+    ISO = "%Y-%m-%dT%H:%M:%S%z"
 
     def __enter__(self) -> "Run":
-        self.handlers = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                if signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays nohup
-                    self.handlers[number] = signal.signal(number, self.stop)
+        self.handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
         self.say(f"{self.dir}: {f'resumed at step {self.last_checkpoint}' if self.args.resume else 'started'}")
         return self
 
     def stop(self, number: int, _frame) -> None:
-        if self.stop_signal and number != signal.SIGHUP:
+        if self.stop_signal:
             os._exit(128 + number)
         self.stop_signal = "sigint" if number == signal.SIGINT else "sigterm"
-        with contextlib.suppress(OSError):  # the terminal may be gone
-            os.write(2, b"\nstopping at the end of this episode; once more to leave at once\n")
+        os.write(2, b"\nstopping at the end of this episode; once more to leave at once\n")
 
     def __exit__(self, kind, error, _traceback) -> None:
-        self.restore_signals()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         self.bar.close()
-        stopped = self.meta["exit_reason"] == "running"
-        if stopped:
-            reasons = {None: self.stop_signal, NonFiniteError: "nan"}
-            self.meta["exit_reason"] = reasons.get(kind, "error")
-        self.meta["end"] = utc_now()
+        if stopped := self.meta["exit_reason"] == "running":
+            self.meta["exit_reason"] = {None: self.stop_signal, FloatingPointError: "nan"}.get(kind, "error")
         with contextlib.suppress(OSError):  # on a full disk the first error is the one to report
-            self.write_meta()
-        with contextlib.suppress(OSError):
+            self.write_meta(end=time.strftime(self.ISO))
             self.csv.close()
         if self.wandb:
             self.attempt("upload to W&B", self.finish_wandb)
         if stopped:
-            last = f"last checkpoint: {self.dir}/checkpoint.pt, step {self.last_checkpoint} (--resume {self.dir})"
-            last = "no checkpoint yet" if self.last_checkpoint is None else last
-            with contextlib.suppress(OSError):
-                stream = sys.stderr if kind else sys.stdout
-                print(f"stopped by {self.meta['exit_reason']}; {last}", file=stream, flush=True)
-
-    def restore_signals(self) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+            self.say(f"stopped by {self.meta['exit_reason']}; last checkpoint: step {self.last_checkpoint}, {self.dir}")
 
     def attempt(self, what: str, action) -> bool:
         """Do what a run must not fail for; False if it failed."""
@@ -771,148 +709,120 @@ class Run:
 
     def say(self, message: str) -> None:
         with contextlib.suppress(OSError):  # whoever reads this may be gone; the run goes on
-            print(message, flush=True) if self.bar.disable else self.bar.write(message)
+            self.bar.write(message)
+            sys.stdout.flush()
 
-    def write_meta(self) -> None:
-        text = json.dumps(self.meta, indent=2) + "\n"
-        write_atomic(self.dir / "meta.json", lambda file: file.write(text.encode()))
+    def write_meta(self, **facts) -> None:
+        self.meta |= facts
+        write_atomic(self.dir / "meta.json", lambda file: file.write(json.dumps(self.meta, indent=2).encode() + b"\n"))
+
+    def times(self) -> np.ndarray:
+        """Training seconds by wall and CPU clock, summed over resumes, without evaluations and checkpoints."""
+        return clock() - self.spent["paused"]
 
     @contextlib.contextmanager
-    def paused(self):
-        """Stop the training clock."""
-        start = time.perf_counter()
+    def timed(self, what: str):
+        """Count the time as that of "updates", or as "paused", which is no training time."""
+        start = clock()
         yield
-        self.clock += time.perf_counter() - start
+        self.spent[what] += clock() - start
 
-    def wall_time_s(self) -> float:
-        return time.perf_counter() - self.clock
+    def speed(self, state: "State") -> dict[str, float]:
+        """Environment steps per training second and milliseconds per update since the last call."""
+        now = np.array([state.global_step, state.update, self.times()[0], self.spent["updates"][0]])
+        (steps, updates, seconds, update_s), self.last = now - self.last, now
+        return {"charts/SPS": steps / seconds} | ({"charts/update_ms": 1e3 * update_s / updates} if updates else {})
 
-    def steps_per_second(self, global_step: int) -> float:
-        """Environment steps per training second since the last call."""
-        (step, seconds), self.last_row = self.last_row, (global_step, self.wall_time_s())
-        return (global_step - step) / (self.last_row[1] - seconds)
+    def evaluate(self, actor: "Actor", seeds: list[int], global_step: int) -> dict[str, float]:
+        with self.timed("paused"):
+            return evaluate(actor, self.args.env_id, seeds, global_step)
 
     def log(self, global_step: int, row: dict[str, float]) -> None:
         """Write a row of metrics.csv (on disk when this returns) and of W&B."""
-        row = {"global_step": global_step, "charts/wall_time_s": self.wall_time_s(), **row}
+        wall, cpu = self.times().tolist()
+        row = {"global_step": global_step, "charts/wall_time_s": wall, "charts/cpu_time_s": cpu, **row}
+        if unknown := row.keys() - set(self.writer.fieldnames):
+            raise ValueError(f"metrics.csv has no column for {sorted(unknown)}: add it to metric_columns")
         self.writer.writerow(row)
-        self.csv.flush()
         if self.wandb and not self.attempt("more rows in W&B", lambda: self.wandb.log(row)):
             self.wandb = None
         if "eval/episodic_return" in row:
-            result = f"eval {row['eval/episodic_return']:.1f} ± {row['eval/episodic_return_std']:.1f}"
-            self.bar.set_postfix_str(result)
-            if self.bar.disable:
-                rate = row.get("charts/SPS") or global_step / row["charts/wall_time_s"]
-                left = (self.args.total_timesteps - global_step) / 60 / rate if rate else 0
-                self.say(f"step {global_step}: {result}" + f", {rate:.0f} steps/s, {left:.1f} min left" * (rate > 0))
+            self.bar.set_postfix_str("eval {eval/episodic_return:.1f} ± {eval/episodic_return_std:.1f}".format(**row))
+            if not self.terminal:
+                self.say(str(self.bar))
 
     def checkpoint_due(self, global_step: int, env: gym.Env, stop: str | None) -> bool:
-        """At an episode's end: after each interval, on a stop signal, and (--keep-replay) if it may be the last one.
-
-        Never at the very end, whose extra evaluation a longer run would not have made.
-        """
+        """After an interval, on a stop signal and (--keep-replay) in the last episode, but never at the very end."""
         interval, left = self.args.checkpoint_interval, self.args.total_timesteps - global_step
         last = self.args.keep_replay and left <= (env.spec.max_episode_steps or 0)
-        passed = global_step // interval > self.last_checkpoint // interval
-        return left > 0 and (passed or last or bool(stop))
+        return left > 0 and (last or bool(stop) or global_step // interval > self.last_checkpoint // interval)
 
-    def finish(self, score: float, model: dict) -> None:
-        """All training is done: write what remains to be written, drop what only a resume needs."""
-        write_torch(self.dir / "model.pt", model)
-        os.fsync(self.csv.fileno())
-        self.meta |= {"exit_reason": "finished", "final_score": score, "wall_time_s": self.wall_time_s()}
-        self.write_meta()
+    def finish(self, score: float) -> None:
+        """All training is done; drop what only a resume needs."""
+        wall, cpu = self.times().tolist()
+        self.write_meta(exit_reason="finished", final_score=score, wall_time_s=wall, cpu_time_s=cpu)
         if not self.args.keep_replay:
-            shutil.rmtree(self.dir / "replay")
+            (self.dir / "checkpoint.pt").unlink()
         self.say(f"{self.dir}: finished, final score {score:.1f}")
-        self.restore_signals()
-
-    def film(self, actor: "Actor", seed: int) -> None:
-        evaluate(actor, self.args.env_id, [seed], self.args.total_timesteps, self.dir / "videos" / "final")
-        path = max((self.dir / "videos").glob("*.mp4"), key=os.path.getmtime)
-        self.say(f"video: {path}")
-        if self.wandb:
-            import wandb
-
-            self.wandb.log({"video": wandb.Video(str(path), format="mp4"), "global_step": self.args.total_timesteps})
 
     def finish_wandb(self) -> None:
+        import wandb
+
+        for path in (self.dir / "videos").glob("*.mp4"):
+            self.wandb.log({"video": wandb.Video(str(path), format="mp4"), "global_step": self.args.total_timesteps})
         self.wandb.summary.update({"final_score": self.meta["final_score"], **self.meta.get("hardware_report", {})})
-        for path in (self.dir / "meta.json", self.dir / "masks.npz"):
-            if path.exists():  # a copy: it stays when the run's folder goes
-                self.wandb.save(shutil.copy(path, self.wandb.dir), base_path=self.wandb.dir, policy="now")
+        for name in ("meta.json", "masks.npz", self.meta["script"]):  # copies, which stay when the run's folder goes
+            if (self.dir / name).exists():
+                self.wandb.save(shutil.copy(self.dir / name, self.wandb.dir), base_path=self.wandb.dir, policy="now")
         self.wandb.finish(exit_code=int(self.meta["exit_reason"] != "finished"))
 
 
-def new_run_dir(args: "Args") -> Path:
-    pattern = f"_{args.n}of{args.m}" if hasattr(args, "n") else ""
-    name = f"{args.env_id}__{args.exp_name}{pattern}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    name = re.sub(r"[^\w.-]", "-", name)
-    try:
-        Path(args.runs_dir).mkdir(parents=True, exist_ok=True)
-        for number in itertools.count(1):
-            with contextlib.suppress(FileExistsError):
-                path = Path(args.runs_dir) / (name if number == 1 else f"{name}-{number}")
-                path.mkdir()
-                return path
-    except OSError as error:
-        raise UserError(f"--runs-dir {args.runs_dir} can't be written: {first_line(error)}") from None
+def clock() -> np.ndarray:
+    return np.array([time.perf_counter(), time.process_time()])
 
 
-def open_metrics(path: Path, metrics: list[str], size: int):
+def open_metrics(path: Path, columns: list[str], size: int):
     """metrics.csv for appending, locked against a second process; of a resumed run its first `size` bytes are kept."""
-    header = (",".join(metrics) + "\n").encode()
     try:
-        file = open(path, "r+b" if size else "x+b")
+        file = open(path, "r+" if size else "x+", newline="", buffering=1)  # each row goes to disk
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
     except OSError as error:
-        raise UserError(f"{path.parent} is being written by another process ({first_line(error)})") from None
-    if size:
-        kept = file.read(size)
-        if len(kept) < size or not kept.startswith(header) or not kept.endswith(b"\n"):
-            raise UserError(f"{path} is damaged or was written by another version of this script")
-        file.truncate(size)
-    else:
-        file.write(header)
-    return io.TextIOWrapper(file, newline="", write_through=True)
+        raise UserError(f"{path} is missing or being written by another process ({first_line(error)})") from None
+    header = ",".join(columns) + "\n"
+    if size and (not (kept := file.read(size)).startswith(header) or len(kept) < size):
+        raise UserError(f"{path} is damaged or was written by another version of this script")
+    file.seek(size)
+    file.truncate()
+    file.write("" if size else header)
+    return file
 
 
 def start_wandb(args: "Args", meta: dict):
     """A W&B run under the run's own name; offline, with a line that says so, without a login or a network."""
-    if not args.track:
+    wanted = os.environ.get("WANDB_MODE")
+    if not args.track or wanted == "disabled":
         return None
     import wandb
 
-    pattern = f"{args.n}of{args.m}" if hasattr(args, "n") else "dense"
-    options = {
-        "project": args.wandb_project_name, "entity": args.wandb_entity, "id": meta["wandb_id"],
-        "name": meta["run_name"], "group": args.env_id, "tags": [pattern, Path(__file__).stem],
-        "config": {**meta["args"], "meta": {key: value for key, value in meta.items() if key != "args"}},
-        "resume": "allow" if args.resume else None,
-        "settings": wandb.Settings(silent=True, console="off", init_timeout=30),
-    }  # fmt: skip
-    try:
-        offline = not os.environ.get("WANDB_MODE") and not wandb.login(prompt=False, verify=False)
-        run = wandb.init(mode="offline" if offline else os.environ.get("WANDB_MODE") or None, **options)
-    except Exception as error:  # no network, a wrong key, project or mode: none of them may cost a run
-        print(f"warning: W&B: {first_line(error)}", file=sys.stderr)
-        wandb.teardown()
-        os.environ["WANDB_MODE"] = "offline"
+    tags = ["dense" if meta["n"] is None else f"{meta['n']}of{meta['m']}", Path(__file__).stem]
+    tags += filter(None, os.environ.get("WANDB_TAGS", "").split(","))
+    options = {"project": args.wandb_project_name, "entity": args.wandb_entity, "id": meta["wandb_id"], "tags": tags}
+    options |= {"name": meta["run_name"], "group": args.env_id, "resume": "allow" if args.resume else None}
+    options |= {"config": meta["args"] | {"meta": {key: value for key, value in meta.items() if key != "args"}}}
+    for mode in (wanted, "offline"):  # no network, a wrong key, project, mode: none may cost a run
         try:
-            run = wandb.init(**options)
-        except Exception:
-            print("warning: going on without W&B", file=sys.stderr)
-            return None
-    if run.disabled:
-        return None
-    run.define_metric("*", step_metric="global_step")
-    folder = Path(run.dir).parent
-    offline_line = f"W&B is offline: look with `wandb leet {folder.parent}`, upload with `wandb sync {folder}`"
-    print(offline_line if run.offline else f"W&B: {run.url}")
-    return run
+            options["mode"] = mode or ("online" if wandb.login(prompt=False, verify=False) else "offline")
+            os.environ["WANDB_MODE"] = options["mode"]  # a wrong word there is an error whatever `mode` says
+            run = wandb.init(settings=wandb.Settings(silent=True, console="off", init_timeout=30), **options)
+            run.define_metric("*", step_metric="global_step")
+            folder = Path(run.dir).parent
+            hint = f"W&B is offline: look with `wandb leet {folder.parent}`, upload with `wandb sync {folder}`"
+            print(hint if run.offline else f"W&B: {run.url}")
+            return run
+        except Exception as error:
+            print(f"warning: W&B: {first_line(error)}", file=sys.stderr)
+            wandb.teardown()
+    return None
 
 
 def write_atomic(path: Path, write) -> None:
@@ -924,162 +834,94 @@ def write_atomic(path: Path, write) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except RuntimeError as error:  # how torch.save says that the disk is full
+        raise OSError(f"{path} can't be written: {first_line(error)}") from None
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def write_torch(path: Path, content: dict) -> None:
-    buffer = io.BytesIO()  # torch.save itself doesn't report a full disk as an OSError
-    torch.save(content, buffer)
-    write_atomic(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def read_torch(path: Path) -> dict:
     if (broken := zipfile.ZipFile(path).testzip()) is not None:  # torch.load does not look at checksums
         raise ValueError(f"{broken} is not what was written")
-    return torch.load(path, weights_only=True, map_location="cpu")
+    return torch.load(path, weights_only=True, map_location="cpu", mmap=True)
 
 
-def save_checkpoint(run: Run, progress: dict, agent: "Agent", rb: ReplayBuffer, rng: dict, env: gym.Env, model) -> None:
-    """All that a resume needs at an episode's end: tensors and plain values, so that it loads with weights_only."""
-    run.csv.flush()
-    os.fsync(run.csv.fileno())
-    rb.save(run.dir / "replay")
-    write_torch(run.dir / "model.pt", model)
-    content = {
-        "args": vars(run.args),
-        "progress": progress | {"csv_bytes": os.fstat(run.csv.fileno()).st_size},
-        "agent": {name: part.state_dict() for name, part in vars(agent).items() if hasattr(part, "state_dict")},
-        "rng": {name: generator.get_state() for name, generator in rng.items()},
-        "env_rng": env.unwrapped.np_random.bit_generator.state,
-        "replay": {"files": rb.files, "added": rb.added},
-    }
-    write_torch(run.dir / "checkpoint.pt", content)
-    run.last_checkpoint = progress["global_step"]
-    needed = {f"{start}-{stop}.npz" for start, stop in rb.files}
-    for path in (run.dir / "replay").iterdir():
-        if path.name not in needed:
-            path.unlink()
+def save_checkpoint(run: Run, state: "State", agent: "Agent", rb: ReplayBuffer, rng: dict, env: gym.Env) -> None:
+    """All that a resume needs at an episode's end, in one file."""
+    with run.timed("paused"):
+        write_files(run, state, agent, rb)
+        os.fsync(run.csv.fileno())
+        state.times, state.csv_bytes = run.times().tolist(), os.fstat(run.csv.fileno()).st_size
+        content = {name: part.state_dict() for name, part in vars(agent).items() if hasattr(part, "state_dict")}
+        content |= {"rb": rb.state_dict(), "rng": {name: generator.get_state() for name, generator in rng.items()}}
+        content |= {"globals": get_globals(), "env": env.unwrapped.np_random.bit_generator.state, "state": vars(state)}
+        write_atomic(run.dir / "checkpoint.pt", lambda file: torch.save(content, file))
+        run.last_checkpoint = state.global_step
 
 
-def load_checkpoint(args: "Args", agent: "Agent", rb: ReplayBuffer, rng: dict, env: gym.Env) -> dict:
-    """Put the last checkpoint into freshly made objects (their memory stays theirs, so aligned); returns progress."""
-    path = Path(args.resume) / "checkpoint.pt"
-    if not (path.parent / "replay").is_dir():
-        raise UserError(f"{args.resume} was finished without --keep-replay: its replay data is gone, it can't go on")
+def load_checkpoint(args: "Args", state: "State", agent: "Agent", rb: ReplayBuffer, rng: dict, env: gym.Env) -> None:
+    """Put the last checkpoint into freshly made objects (their memory stays theirs, so aligned)."""
+    path = Path(args.resume, "checkpoint.pt")
+    if not path.exists():
+        raise UserError(f"{path} is missing: a run that finished without --keep-replay can't go on")
     try:
         content = read_torch(path)
-        for name, value in content["args"].items():
-            if value != getattr(args, name) and name not in MAY_CHANGE.split():
-                raise ValueError(f"it was written with {flag(name)} {value}")
-        for name, state in content["agent"].items():
-            getattr(agent, name).load_state_dict(state)
+        for name, part in {**vars(agent), "rb": rb}.items():
+            if hasattr(part, "load_state_dict"):
+                part.load_state_dict(content[name])
         for name, generator in rng.items():
             generator.set_state(content["rng"][name])
-        env.unwrapped.np_random.bit_generator.state = content["env_rng"]
-        rb.load(path.parent / "replay", **content["replay"])
-        return content["progress"]
-    except FileNotFoundError as error:
-        raise UserError(f"{args.resume} can't be resumed: {error.filename} is missing") from None
+        set_globals(*content["globals"])
+        env.unwrapped.np_random.bit_generator.state = content["env"]
+        vars(state).update(content["state"])
     except Exception as error:
-        raise UserError(f"{path} or its replay data is damaged or foreign: {first_line(error)}") from None
+        raise UserError(f"{path} is damaged or of another version: {first_line(error)}") from None
 
 
-def dense_state(agent: "Agent") -> dict[str, dict[str, torch.Tensor]]:
-    """The six networks as model.pt holds them: weight (zeros where inactive) and bias of each layer, action scale."""
-    states = {}
-    for name, net in vars(agent).items():
-        if isinstance(net, nn.Module):
-            states[name] = {key: value for key, value in net.state_dict().items() if "." not in key}
-            for layer_name, layer in net.named_children():
-                states[name][f"{layer_name}.weight"] = layer.weight.detach()
-                states[name][f"{layer_name}.bias"] = layer.bias.detach()
-    return states
+def code_hash(source: str) -> str:
+    """Of the syntax tree without docstrings: comments and line breaks do not count."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(body := getattr(node, "body", None), list):
+            node.body = [x for x in body if not (isinstance(x, ast.Expr) and isinstance(x.value, ast.Constant))]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
 
 
-def utc_now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+def machine_facts(args: "Args") -> dict:
+    """What runs and where. dirty: this script is not the commit's, or not in git at all."""
+
+    def git(*words: str) -> str:
+        command = [shutil.which("git") or "true", "-C", str(Path(__file__).resolve().parent), *words]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+    cpuinfo = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    hardware = re.findall(r"model name\s*: (.*)", cpuinfo)[:1] or [os.uname().machine]
+    hardware += [torch.cuda.get_device_name()] if args.device == "cuda" else []
+    versions = {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy", "wandb")}
+    facts = {"n": getattr(args, "n", None), "m": getattr(args, "m", None), "threads": args.threads}
+    facts |= {"hardware": ", ".join(hardware), "cores": os.cpu_count(), "code": code_hash(Path(__file__).read_text())}
+    facts |= {"versions": {"python": sys.version.split()[0], **versions}, "commit": git("rev-parse", "HEAD") or None}
+    return facts | {"dirty": bool(git("status", "--porcelain", "--ignored", "--", Path(__file__).name))}
 
 
-def git_state() -> tuple[str | None, bool | None]:
-    """Commit of this script's checkout and whether tracked files differ from it; None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--abbrev=40", "--exclude=*"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        state = subprocess.check_output([*command, "--dirty"], stderr=subprocess.DEVNULL, text=True).strip()
-        return state.removesuffix("-dirty"), state.endswith("-dirty")
-    return None, None
-
-
-def hardware_name(args: "Args") -> str:
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        cpu = next(line for line in open("/proc/cpuinfo") if line.startswith("model name")).split(": ")[1].strip()
-    return cpu + (f", {torch.cuda.get_device_name()}" if args.device == "cuda" else "")
-
-
-def model_stats(args: "Args", shapes: dict[str, list[tuple[int, int, int]]]) -> dict:
-    """Size and work of the networks, dense and without the inactive weights.
-
-    shapes: (outputs, inputs, weights kept per row) of each layer of actor, qf1 and qf2. Packed bytes: 4 for a kept
-    value and 1 (2 if M > 256) for its place in the group. A product takes 2 * batch * weights FLOPs; an update has one
-    for each target, 3 for each critic (2 in layer 1), and every policy_frequency-th time 3 for the actor, 2 for qf1.
-    """
-    layers = [layer for net in shapes.values() for layer in net]
-    index_bytes = 1 if getattr(args, "m", 1) <= 256 else 2
-
-    def flops(column: int) -> float:
-        weights = {net: [layer[0] * layer[column] for layer in layers] for net, layers in shapes.items()}
-        actor, critic, first = sum(weights["actor"]), sum(weights["qf1"]), weights["qf1"][0]
-        products = actor + 2 * critic + 2 * (3 * critic - first) + (3 * actor + 2 * critic) / args.policy_frequency
-        return 2 * args.batch_size * products
-
-    return {
-        "density": {net: sum(o * k for o, _, k in s) / sum(o * i for o, i, _ in s) for net, s in shapes.items()},
-        "params_total": sum(o * i + o for o, i, _ in layers),
-        "params_active": sum(o * k + o for o, _, k in layers),
-        "bytes": {
-            "dense": sum(4 * (o * i + o) for o, i, _ in layers),
-            "packed": sum(4 * o + o * k * (4 + index_bytes * (k < i)) for o, i, k in layers),
-        },
-        "flops_per_update": {"dense": flops(1), "sparse": flops(2)},
-    }
-
-
-def hardware_report(run: Run, env: gym.Env, rb: ReplayBuffer, networks: tuple, seconds: float = 3) -> None:
-    """Time acting, a critic update and a whole update with `networks` and, in turns, with plain nn.Linear ones."""
-    args, dim = run.args, run.args.hidden_dim
-    plain = [net.to(args.device) for net in (Actor(env, dim), QNetwork(env, dim), QNetwork(env, dim))]
-    own = "dense" if isinstance(networks[0].fc1, nn.Linear) else "packed"
-    agents = {name: make_agent(*nets, args.learning_rate) for name, nets in ((own, networks), ("dense", plain))}
-    rng, every = make_generators(0, args.device), range(1, min(args.policy_frequency, 10) + 1)
-    data = rb.sample(args.batch_size, rng["replay"])
+def hardware_report(run: Run, env: gym.Env, rb: ReplayBuffer, agent: "Agent", seconds: float = 0.5) -> None:
+    """Microseconds of acting and updating with the run's networks and with plain nn.Linear ones, medians of calls."""
+    args, rng, report = run.args, make_generators(0, run.args.device), {}
+    data, every = rb.sample(args.batch_size, rng["replay"]), range(1, min(args.policy_frequency, 10) + 1)
     obs = data.observations[0].cpu().numpy()
-    calls = {
-        "actor_us": lambda agent: act(agent.actor, obs),
-        "critic_update_us": lambda agent: update_critics(agent, data, args, rng["smoothing"]),
-        "update_us": lambda agent: [update_agent(agent, rb, args, rng, update) for update in every],
-    }
-    times, stop = {(key, name): [] for key in calls for name in agents}, time.perf_counter() + seconds
-    torch_threads = {"dense": args.threads, own: torch.get_num_threads()}
-    while time.perf_counter() < stop:
-        for (key, name), values in times.items():
-            torch.set_num_threads(torch_threads[name])
-            calls[key](agents[name])  # so that none finds the caches as another one left them
-            start = time.perf_counter()
-            calls[key](agents[name])
-            if args.device == "cuda":
-                torch.cuda.synchronize()
-            values.append((time.perf_counter() - start) * 1e6 / (len(every) if key == "update_us" else 1))
-    medians = {key: statistics.median(values[len(values) // 4 :]) for key, values in times.items()}  # less warm-up
-    table = [["", *agents]]
-    table += [[key.replace("_", " "), *(f"{medians[key, name]:,.0f}" for name in agents)] for key in calls]
-    table.append(["actor + critics KiB", *(f"{run.stats['bytes'][name] / 1024:,.0f}" for name in agents)])
-    run.say(f"{run.meta['hardware']}, {args.threads} threads, float32, batch {args.batch_size}; medians")
-    for cells in table:
-        run.say(f"{cells[0]:>20}" + "".join(f"{cell:>12}" for cell in cells[1:]))
-    keys = {(key, name): f"hardware/{key}" + "_dense" * (name != own) for key, name in medians}
-    run.meta["hardware_report"] = {keys[pair]: us for pair, us in medians.items()}
-    run.write_meta()
+    agents = {"": agent, "_dense": Agent(make_networks(args, env), args.learning_rate)}
+    for name, calls in (("actor", 1), ("critic_update", 1), ("update", len(every))):
+        for suffix, agent in agents.items():
+            call = {
+                "actor": lambda agent=agent: act(agent.actor, obs),
+                "critic_update": lambda agent=agent: update_critics(agent, data, args, rng["smoothing"]),
+                "update": lambda agent=agent: [update_agent(agent, rb, args, rng, update) for update in every],
+            }[name]
+            timer = Timer("call()", globals={"call": call}, num_threads=args.threads)
+            report[f"hardware/{name}_us{suffix}"] = timer.blocked_autorange(min_run_time=seconds).median * 1e6 / calls
+    run.write_meta(hardware_report=report)
+    for name, value in report.items():
+        run.say(f"{name:>34} {value:9,.0f}")
 
 
 # --- end shared ---

@@ -1,58 +1,57 @@
-"""RNM-TD3 in one file: dense_td3_continuous.py with all six networks row-wise N:M sparse from scratch.
+"""RNM-TD3 in one file: TD3 whose networks are row-wise N:M sparse from the first step to the last.
 
-Papers: Fujimoto, van Hoof, Meger, "Addressing Function Approximation Error in Actor-Critic Methods", arXiv 1802.09477.
-  Vrce, Kassler, Aydos, "RNM-TD3: N:M Semi-structured Sparse Reinforcement Learning From Scratch", arXiv 2602.14578.
+Vrce, Kassler, Aydos, "RNM-TD3: N:M Semi-structured Sparse Reinforcement Learning From Scratch", arXiv 2602.14578
+Fujimoto, van Hoof, Meger, "Addressing Function Approximation Error in Actor-Critic Methods" (TD3), arXiv 1802.09477
 
-  projection P_{N:M}, mask E                                     -> project
-  Figure 1, left: W and E give W~, active weights alone learn    -> NMLinear
+  projection P_{N:M}, which makes the mask E                     -> project
+  Figure 1, left: W and E give W~, only active weights learn     -> NMLinear
   Figure 1, right: after K updates a new E is taken from W       -> refresh_masks
   SAD, Sparse Architecture Divergence (arXiv 2102.04010)         -> sad_metrics
-  Algorithm 1: clipped double-Q target, target smoothing         -> update_critics
-  Algorithm 1: delayed policy, Polyak-averaged targets           -> update_actor, update_targets
+  TD3, Algorithm 1: target smoothing, clipped double-Q target    -> update_critics
+  TD3, Algorithm 1: delayed policy, Polyak-averaged targets      -> update_actor, update_targets
   the order of everything                                        -> update_agent, train
 
-Train with `python rnm_td3_continuous.py --env-id Ant-v4 --n 1 --m 8`.
-Go on with --resume runs/<run_name>, see what a policy returns with --evaluate runs/<run_name>.
-Decisions where the paper's abstract and figure are silent:
+Train with `python rnm_td3_continuous.py --env-id Ant-v4 --n 1 --m 8`, go on with --resume runs/<run_name>, measure a
+trained policy with --evaluate runs/<run_name>. Decisions where the paper's abstract and figure are silent:
   D1  Groups never straddle rows; a row's last group of r < M columns keeps min(N, r). Ties: the lower column stays.
-  D2  Trained are the packed active weights; inactive ones and their Adam moments rest in dense stores, unchanged.
-  D3  A target has its own W' and the online network's mask; its packed weights follow by Polyak.
-  D4  K (--mask-update-interval) counts critic updates; all six networks change together; 0 means static masks.
-  D5  Input and hidden layers are N:M; the output layer only with --sparse-head; biases never.
-  D6  W starts as nn.Linear's default, the first mask is P_{N:M}(W).
+  D2  Only the packed active weights are trained. Inactive weights and their Adam moments rest in dense stores.
+  D3  A target network has a W of its own and the online network's mask; its active weights follow by Polyak.
+  D4  K counts critic updates; all masks change together, after the evaluation of that step, never at the last step.
+  D5  Input and hidden layers are N:M; the output layer is only with --sparse-head; biases never are.
+  D6  W starts as nn.Linear initialises it; the first mask is P_{N:M}(W).
   D7  N = M is the dense script bit for bit (with --kernel torch).
   D8  One random stream per purpose: dense and sparse runs of a seed share warm-up data and replay indices.
 """
 
-import argparse
+import ast
 import contextlib
 import copy
 import csv
 import ctypes
-import dataclasses
-import difflib
 import fcntl
-import io
-import itertools
+import hashlib
 import json
 import math
 import os
-import platform
+import random
 import re
+import shlex
 import shutil
 import signal
 import statistics
 import subprocess
 import sys
-import threading
+import tempfile
 import time
 import warnings
 import zipfile
-from dataclasses import dataclass
-from functools import cache
+from array import array
+from collections import OrderedDict, namedtuple
+from dataclasses import dataclass, replace
+from functools import cache, lru_cache
 from importlib.metadata import version
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Annotated, Literal, get_type_hints
 
 import gymnasium as gym
 import numpy as np
@@ -61,60 +60,67 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.optim as optim
 import tyro
+from torch.utils.benchmark import Timer
 from tqdm import tqdm
+
+Natural = Annotated[int, 0, 2**62]  # a type with the smallest and the largest value that check_args lets pass
+Positive = Annotated[int, 1, 2**31]
+Share = Annotated[float, 0.0, 1.0]
+Rate = Annotated[float, 1e-12, 1.0]
+Noise = Annotated[float, 0.0, 1e6]
 
 
 @dataclass
 class Args:
     exp_name: str = Path(__file__).stem
     """name of the experiment, part of the run's name"""
-    seed: int = 1
+    seed: Natural = 1
     """seed of every random stream, integer >= 0"""
     env_id: str = "Hopper-v4"
     """gymnasium id of an environment with flat observations and bounded continuous actions"""
-    total_timesteps: int = 1_000_000
+    total_timesteps: Positive = 1_000_000
     """environment steps, >= 1"""
-    learning_rate: float = 3e-4
+    learning_rate: Rate = 3e-4
     """Adam's step size of actor and critics, in (0, 1]"""
-    buffer_size: int = 1_000_000
+    buffer_size: Positive = 1_000_000
     """capacity of the replay buffer in transitions, >= 1"""
-    gamma: float = 0.99
+    gamma: Share = 0.99
     """discount factor, in [0, 1]"""
-    tau: float = 0.005
+    tau: Rate = 0.005
     """share of the online network in each Polyak average, in (0, 1]"""
-    batch_size: int = 256
+    batch_size: Positive = 256
     """transitions per update, >= 1"""
-    policy_noise: float = 0.2
+    policy_noise: Noise = 0.2
     """standard deviation of the target policy's smoothing noise, in units of the action scale, >= 0"""
-    exploration_noise: float = 0.1
+    exploration_noise: Noise = 0.1
     """standard deviation of the acting noise, in units of the action scale, >= 0"""
-    noise_clip: float = 0.5
+    noise_clip: Noise = 0.5
     """bound of the smoothing noise, in units of the action scale, >= 0"""
-    learning_starts: int = 25_000
+    learning_starts: Natural = 25_000
     """environment steps with uniform random actions and no updates before learning, >= 0"""
-    policy_frequency: int = 2
+    policy_frequency: Positive = 2
     """critic updates per update of the actor and the targets (TD3's d), >= 1"""
-    hidden_dim: int = 256
+    hidden_dim: Positive = 256
     """units in each of the two hidden layers, >= 1"""
-    n: int = 2
+    n: Positive = 2
     """weights kept of each group (N), 1 <= n <= m"""
-    m: int = 4
+    m: Positive = 4
     """consecutive weights of a row in a group (M), n <= m <= hidden-dim"""
-    mask_update_interval: int = 1000
+    mask_update_interval: Natural = 1000
     """critic updates between mask refreshes (K), >= 0; 0 keeps the first masks"""
     sparse_head: bool = False
     """make the output layers N:M too"""
     kernel: Literal["auto", "nm", "torch"] = "auto"
-    """product of the N:M layers: nm is fast, on CPUs with a C compiler; torch runs anywhere; auto picks one"""
+    """how the N:M layers are computed: nm is fast, on CPUs with a C compiler; torch runs anywhere; auto picks one"""
     device: Literal["cpu", "cuda"] = "cpu"
     """where the networks live"""
-    threads: int = 1
-    """CPU threads, >= 1; one per run fills a machine best"""
-    eval_interval: int = 10_000
+    threads: Positive = 1
+    """CPU threads of torch, >= 1; one per run fills a machine best"""
+    eval_interval: Positive = 10_000
     """environment steps between evaluations (also at 0 and at the end), >= 1"""
-    eval_episodes: int = 10
+    eval_episodes: Positive = 10
     """episodes per evaluation, >= 1"""
-    checkpoint_interval: int = 100_000
+    checkpoint_interval: Positive = 100_000
     """environment steps between checkpoints, taken at the next episode end, >= 1"""
     resume: str | None = None
     """folder of the run to continue, bit for bit; its arguments come from there"""
@@ -149,126 +155,76 @@ def project(W: torch.Tensor, n: int, m: int) -> torch.Tensor:
 # --- end shared ---
 
 
-# --- shared: layer ---
 class NMLinear(nn.Module):
-    """nn.Linear made row-wise N:M: x [B, in] -> x W~^T + bias [B, out], W~ = W * E.
+    """nn.Linear made row-wise N:M: x [B, in] -> x W~^T + bias [B, out], with W~ = W * E.
 
-    Trained are the packed active weights `values` [out, kept] alone (D2) and the bias, as parts of `flat`, which holds
-    those of all layers of a network: one parameter for Adam to step. `index` [out, kept]: the columns of `values`,
-    ascending; kept = n * (in // m) + min(n, in % m). Between refreshes W is true only where E is False.
+    Only `active_weights` [kept], the weights at which E is True, row after row, and `bias` are parameters: an inactive
+    weight has no gradient and no place in the optimizer, so it can't move (D2). It rests in the dense W [out, in], its
+    Adam moments in exp_avg and exp_avg_sq [out, in], until a new mask takes it in again. At active positions these
+    stores are out of date between refreshes.
     """
 
-    def __init__(self, dense: nn.Linear, n: int, m: int):
+    def __init__(self, linear: nn.Linear, n: int, m: int):
         super().__init__()
-        self.n, self.m, self.start = n, m, 0  # start: this layer's first place in flat, set by sparsify
-        self.register_buffer("W", dense.weight.detach())  # D6
-        self.register_buffer("E", project(self.W, n, m))
-        self.register_buffer("index", self.E.nonzero()[:, 1].reshape(dense.out_features, -1).clone())
-        self.flat = nn.Parameter(torch.cat([self.W.gather(1, self.index).flatten(), dense.bias.detach()]))
+        self.n, self.m = n, m
+        self.register_buffer("W", linear.weight.detach().clone())  # D6
+        self.register_buffer("exp_avg", torch.zeros_like(self.W))
+        self.register_buffer("exp_avg_sq", torch.zeros_like(self.W))
+        E = project(self.W, n, m)
+        self.register_buffer("positions", E.flatten().nonzero()[:, 0])  # [kept], place of each active weight in W
+        self.active_weights = nn.Parameter(self.W.take(self.positions))
+        self.bias = nn.Parameter(linear.bias.detach().clone())
 
-    def packed(self, flat: torch.Tensor) -> torch.Tensor:
-        """This layer's active weights [out, kept] in `flat`, or what belongs to them in one of Adam's moments of it."""
-        return flat[self.start : self.start + self.index.numel()].view_as(self.index)
-
-    values = property(lambda self: self.packed(self.flat))
+    def set_mask(self, E: torch.Tensor) -> None:
+        """Take a new mask [out, in], whose rows may differ in length but which must keep as many weights in all."""
+        positions = E.flatten().nonzero()[:, 0]
+        if E.shape != self.W.shape or len(positions) != len(self.positions):
+            raise ValueError(f"a mask [{tuple(self.W.shape)}] must keep {len(self.positions)}, not {len(positions)}")
+        self.positions.copy_(positions)
 
     @property
-    def bias(self) -> torch.Tensor:
-        first = self.start + self.index.numel()
-        return self.flat[first : first + len(self.index)]
+    def E(self) -> torch.Tensor:
+        """The mask [out, in], bool."""
+        return torch.zeros_like(self.W, dtype=torch.bool).put_(self.positions, self.positions >= 0)
 
     @property
     def weight(self) -> torch.Tensor:
         """W~ [out, in], zero at the inactive positions; its gradient reaches the active weights alone."""
-        return torch.zeros_like(self.W).scatter_(1, self.index, self.values)
+        return self.W.new_zeros(self.W.numel()).scatter(0, self.positions, self.active_weights).view_as(self.W)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.weight, self.bias)
 
 
-# --- end shared ---
-
-
 def sparsify(net: nn.Module, args: Args) -> nn.Module:
-    """Make the input and hidden layers of a network N:M, the output layer only with --sparse-head (D5)."""
-    names = [name for name, _ in net.named_children()]
-    net.nm_names = names if args.sparse_head else names[:-1]
-    for name in names:
-        n, m = (args.n, args.m) if name in net.nm_names else (1, 1)  # 1:1 keeps all
-        setattr(net, name, NMLinear(getattr(net, name), n, m))
-    flat, start = nn.Parameter(torch.cat([layer.flat.detach() for layer in net.children()])), 0
-    for layer in net.children():
-        layer.start, start = start, start + len(layer.flat)
-        layer.flat = flat  # the network's only parameter
-    net.kernel, net.plans = pick_kernel(args), {}
+    """Make every nn.Linear of a network N:M, but the last one only with --sparse-head (D5)."""
+    names = [name for name, module in net.named_modules() if type(module) is nn.Linear]
+    for name in names if args.sparse_head else names[:-1]:
+        parent, _, child = name.rpartition(".")
+        setattr(net.get_submodule(parent), child, NMLinear(net.get_submodule(name), args.n, args.m))
     return net
-
-
-def nm_layers(net: nn.Module) -> dict[str, NMLinear]:
-    return {name: getattr(net, name) for name in net.nm_names}
 
 
 @torch.no_grad()
 def refresh_masks(agent: "Agent") -> None:
-    """Figure 1, right: write the active weights back to W, take the new mask from W, read at its positions (D2-D4)."""
-    for online, target, optimizer in (
-        (agent.actor, agent.target_actor, agent.actor_optimizer),
-        (agent.qf1, agent.qf1_target, agent.q_optimizer),
-        (agent.qf2, agent.qf2_target, agent.q_optimizer),
-    ):
-        for (name, layer), target_layer in zip(nm_layers(online).items(), nm_layers(target).values(), strict=True):
-            stores = [(layer.W, layer.values), (target_layer.W, target_layer.values)]  # dense store, packed part
-            state = optimizer.state.get(layer.flat, {})  # empty before Adam's first step
-            for key, moment in list(state.items()):
-                if moment.shape == layer.flat.shape:
-                    store = state.setdefault(f"{key}_{name}", torch.zeros_like(layer.W))
-                    stores.append((store, layer.packed(moment)))
-            for store, packed in stores:
-                store.scatter_(1, layer.index, packed)
+    """Figure 1, right: active weights go back to W, W gives the new mask, W is read at the new positions (D2-D4).
+
+    Adam's moments travel in the same way. A weight that returns has the value and the moments that it had when it
+    left; in a target network too, so that there it can be far behind the online one.
+    """
+    for net in agent.networks:
+        for layer, target in zip(nm_layers(net.online).values(), nm_layers(net.target).values(), strict=True):
+            stores = [(layer.W, layer.active_weights), (target.W, target.active_weights)]
+            state = net.optimizer.state.get(layer.active_weights, {})  # empty before Adam's first step
+            for key in state.keys() - {"step"}:  # an optimizer with other moments: give NMLinear buffers for them
+                stores.append((layer.get_buffer(key), state[key]))
+            for dense, packed in stores:
+                dense.put_(layer.positions, packed)
             E = project(layer.W, layer.n, layer.m)
-            for changed in (layer, target_layer):
-                changed.E.copy_(E)
-                changed.index.copy_(E.nonzero()[:, 1].view_as(layer.index))
-            for store, packed in stores:
-                packed.copy_(store.gather(1, layer.index))
-
-
-def get_masks(agent: "Agent") -> dict[str, torch.Tensor]:
-    """E of each N:M layer, by '<net>.<layer>'; the targets share them."""
-    nets = {"actor": agent.actor, "qf1": agent.qf1, "qf2": agent.qf2}
-    return {f"{net}.{name}": layer.E.cpu().clone() for net in nets for name, layer in nm_layers(nets[net]).items()}
-
-
-# --- shared: sad ---
-def sad_metrics(first: dict, previous: dict, current: dict) -> dict[str, float]:
-    """SAD_{i:j} = |E_i - E_j|_0 (Zhou et al., SR-STE) over twice the active weights; masks by '<net>.<layer>'."""
-    row = {}
-    for key, reference in (("sad", previous), ("sad_initial", first)):
-        for net in ("actor", "qf1", "qf2"):
-            count = {name: int((E != reference[name]).sum()) for name, E in current.items() if name.startswith(net)}
-            active = {name: int(current[name].sum()) for name in count}
-            row[f"{key}/{net}"] = sum(count.values()) / (2 * sum(active.values()))
-            row |= {f"{key}/{name.replace('.', '/')}": count[name] / (2 * active[name]) for name in count}
-            if key == "sad":
-                row[f"sad_count/{net}"] = sum(count.values())
-    return row
-
-
-# --- end shared ---
-
-
-def mlp(nets: list[nn.Module], *inputs: torch.Tensor) -> list[torch.Tensor]:
-    """Each network's layers with ReLU between them, on the same inputs side by side: [B, ...] -> [B, out] of each."""
-    if getattr(nets[0], "kernel", "torch") == "nm":
-        return nm_mlp(nets, *inputs)
-    x, outputs = torch.cat(inputs, dim=1), []
-    for net in nets:
-        *hidden, head = net.children()
-        y = x
-        for layer in hidden:
-            y = F.relu(layer(y))
-        outputs.append(head(y))
-    return outputs
+            layer.set_mask(E)
+            target.set_mask(E)
+            for dense, packed in stores:
+                packed.copy_(dense.take(layer.positions))
 
 
 # --- shared: td3 ---
@@ -278,17 +234,16 @@ class Actor(nn.Module):
     def __init__(self, env: gym.Env, hidden_dim: int):
         super().__init__()
         obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
-        self.fc1 = nn.Linear(obs_dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, hidden_dim)
-        self.fc_mu = nn.Linear(hidden_dim, action_dim)
+        layers = {"fc1": nn.Linear(obs_dim, hidden_dim), "relu1": nn.ReLU()}
+        layers |= {"fc2": nn.Linear(hidden_dim, hidden_dim), "relu2": nn.ReLU()}
+        layers |= {"fc_mu": nn.Linear(hidden_dim, action_dim)}
+        self.net = nn.Sequential(OrderedDict(layers))
         low, high = action_bounds(env)
         self.register_buffer("action_scale", (high - low) / 2)  # [action_dim], each dimension has its own
         self.register_buffer("action_bias", (high + low) / 2)
-        self.register_buffer("action_low", low, persistent=False)
-        self.register_buffer("action_high", high, persistent=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.addcmul(self.action_bias, torch.tanh(mlp([self], x)[0]), self.action_scale)  # bias + tanh * scale
+        return torch.tanh(self.net(x)) * self.action_scale + self.action_bias
 
 
 class QNetwork(nn.Module):
@@ -297,68 +252,62 @@ class QNetwork(nn.Module):
     def __init__(self, env: gym.Env, hidden_dim: int):
         super().__init__()
         obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
-        self.fc1 = nn.Linear(obs_dim + action_dim, hidden_dim)
-        self.fc2 = nn.Linear(hidden_dim, hidden_dim)
-        self.fc3 = nn.Linear(hidden_dim, 1)
+        layers = {"fc1": nn.Linear(obs_dim + action_dim, hidden_dim), "relu1": nn.ReLU()}
+        layers |= {"fc2": nn.Linear(hidden_dim, hidden_dim), "relu2": nn.ReLU()}
+        layers |= {"fc3": nn.Linear(hidden_dim, 1)}
+        self.net = nn.Sequential(OrderedDict(layers))
 
     def forward(self, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-        return mlp([self], x, a)[0]
+        return self.net(torch.cat([x, a], dim=1))
 
 
-@dataclass
+Network = namedtuple("Network", "name online target optimizer")
+
+
 class Agent:
-    """The six networks of TD3 and the two optimizers."""
+    """TD3's networks, also by their names (agent.qf1, agent.qf1_target, agent.target_actor), and two optimizers.
 
-    actor: Actor
-    qf1: QNetwork
-    qf2: QNetwork
-    target_actor: Actor
-    qf1_target: QNetwork
-    qf2_target: QNetwork
-    q_optimizer: optim.Adam
-    actor_optimizer: optim.Adam
-    online_parameters: list[nn.Parameter]  # of actor, qf1, qf2, in one list
-    target_parameters: list[nn.Parameter]  # of their targets, in the same order
+    Everything that is done to all networks (masks, Polyak averages, checkpoints, logging) follows the list `networks`.
+    """
 
-
-def make_agent(actor: Actor, qf1: QNetwork, qf2: QNetwork, learning_rate: float) -> Agent:
-    """Targets start as copies of the online networks; one Adam for the actor, one for both critics."""
-    online = (actor, qf1, qf2)
-    targets = [copy.deepcopy(net).requires_grad_(False) for net in online]
-    q_optimizer = optim.Adam([*qf1.parameters(), *qf2.parameters()], lr=learning_rate, fused=True)
-    actor_optimizer = optim.Adam(actor.parameters(), lr=learning_rate, fused=True)
-    for optimizer in (q_optimizer, actor_optimizer):  # tell autograd of the change, which a fused step does not
-        changed = optimizer.param_groups[0]["params"]
-        optimizer.register_step_post_hook(lambda *_, changed=changed: torch.autograd.graph.increment_version(changed))
-    parameters = ([param for net in nets for param in net.parameters()] for nets in (online, targets))
-    return Agent(*online, *targets, q_optimizer, actor_optimizer, *parameters)
+    def __init__(self, networks: dict[str, nn.Module], learning_rate: float):
+        critics = [param for name, net in networks.items() if name != "actor" for param in net.parameters()]
+        self.q_optimizer = make_adam(critics, learning_rate)
+        self.actor_optimizer = make_adam(networks["actor"].parameters(), learning_rate)
+        self.networks = []
+        for name, net in networks.items():
+            target = copy.deepcopy(net).requires_grad_(False)  # targets start as copies
+            optimizer = self.actor_optimizer if name == "actor" else self.q_optimizer
+            self.networks.append(Network(name, net, target, optimizer))
+            vars(self).update({name: net, "target_actor" if name == "actor" else f"{name}_target": target})
+        self.online_parameters = [param for net in self.networks for param in net.online.parameters()]
+        self.target_parameters = [param for net in self.networks for param in net.target.parameters()]
 
 
-def drop_gradients(optimizer: optim.Optimizer) -> None:
-    """What optimizer.zero_grad() does, without its profiling: that takes longer than all the rest of it."""
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            param.grad = None
+def make_networks(args: Args, env: gym.Env) -> dict[str, nn.Module]:
+    """The online networks, as nn.Linear initialises them from torch's global generator."""
+    kinds = {"actor": Actor, "qf1": QNetwork, "qf2": QNetwork}
+    return {name: kind(env, args.hidden_dim).to(args.device) for name, kind in kinds.items()}
 
 
-def update_critics(agent: Agent, data: "Batch", args: Args, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """One step of both critics towards the clipped double-Q target; returns what mean_losses() logs."""
+def update_critics(agent: Agent, data, args: Args, generator: torch.Generator) -> dict[str, torch.Tensor]:
+    """One step of both critics towards the clipped double-Q target; returns what is logged of it."""
     with torch.no_grad():
-        noise = torch.empty_like(data.actions).normal_(0.0, args.policy_noise, generator=generator)
-        noise = noise.clamp_(-args.noise_clip, args.noise_clip)  # [B, action_dim]
-        next_state_actions = agent.target_actor(data.next_observations).addcmul_(noise, agent.actor.action_scale)
-        next_state_actions = next_state_actions.clamp_(agent.actor.action_low, agent.actor.action_high)
-        targets = (agent.qf1_target, agent.qf2_target)
-        qf1_next_target, qf2_next_target = mlp(targets, data.next_observations, next_state_actions)
+        scale, bias = agent.actor.action_scale, agent.actor.action_bias  # [action_dim]
+        noise = torch.empty_like(data.actions).normal_(0.0, args.policy_noise, generator=generator)  # [B, action_dim]
+        noise = noise.clamp(-args.noise_clip, args.noise_clip) * scale
+        next_state_actions = (agent.target_actor(data.next_observations) + noise).clamp(bias - scale, bias + scale)
+        qf1_next_target = agent.qf1_target(data.next_observations, next_state_actions)
+        qf2_next_target = agent.qf2_target(data.next_observations, next_state_actions)
         min_qf_next_target = torch.min(qf1_next_target, qf2_next_target)
-        # rewards + gamma * (1 - dones) * min_qf_next_target, [B, 1]
-        next_q_value = torch.addcmul(data.rewards, 1 - data.dones, min_qf_next_target, value=args.gamma)
+        next_q_value = data.rewards + (1 - data.dones) * args.gamma * min_qf_next_target  # [B, 1]
 
-    qf1_a_values, qf2_a_values = mlp((agent.qf1, agent.qf2), data.observations, data.actions)  # both in one pass
+    qf1_a_values = agent.qf1(data.observations, data.actions)
+    qf2_a_values = agent.qf2(data.observations, data.actions)
     qf1_loss = F.mse_loss(qf1_a_values, next_q_value)
     qf2_loss = F.mse_loss(qf2_a_values, next_q_value)
     qf_loss = qf1_loss + qf2_loss
-    drop_gradients(agent.q_optimizer)
+    agent.q_optimizer.zero_grad()
     qf_loss.backward()
     agent.q_optimizer.step()
     return {
@@ -366,15 +315,16 @@ def update_critics(agent: Agent, data: "Batch", args: Args, generator: torch.Gen
         "losses/qf2_values": qf2_a_values.detach(),
         "losses/qf1_loss": qf1_loss.detach(),
         "losses/qf2_loss": qf2_loss.detach(),
+        "losses/qf_loss": qf_loss.detach() / 2,  # as CleanRL logs it
     }
 
 
-def update_actor(agent: Agent, data: "Batch") -> dict[str, torch.Tensor]:
+def update_actor(agent: Agent, data) -> dict[str, torch.Tensor]:
     """One step of the actor up the first critic's gradient."""
     for param in agent.q_optimizer.param_groups[0]["params"]:
-        param.requires_grad_(False)  # the critic's weights need no gradient here
+        param.requires_grad_(False)  # the gradient passes through the critic, whose own weights need none here
     actor_loss = -agent.qf1(data.observations, agent.actor(data.observations)).mean()
-    drop_gradients(agent.actor_optimizer)
+    agent.actor_optimizer.zero_grad()
     actor_loss.backward()
     agent.actor_optimizer.step()
     for param in agent.q_optimizer.param_groups[0]["params"]:
@@ -384,7 +334,7 @@ def update_actor(agent: Agent, data: "Batch") -> dict[str, torch.Tensor]:
 
 @torch.no_grad()
 def update_targets(agent: Agent, tau: float) -> None:
-    """target <- tau * online + (1 - tau) * target, for all three in one pass."""
+    """Polyak, all networks at once: target <- target + tau * (online - target)."""
     torch._foreach_lerp_(agent.target_parameters, agent.online_parameters, tau)
 
 
@@ -398,105 +348,82 @@ def update_agent(agent: Agent, rb: "ReplayBuffer", args: Args, rng: dict, update
     return losses
 
 
-def mean_losses(losses: dict[str, torch.Tensor]) -> dict[str, float]:
-    """The logged numbers of an update, taken only when a row is written."""
-    row = {key: value.mean().item() for key, value in losses.items()}
-    if losses:
-        row["losses/qf_loss"] = (row["losses/qf1_loss"] + row["losses/qf2_loss"]) / 2  # the mean, as CleanRL logs it
-    return row
-
-
 # --- end shared ---
 
 
-def make_networks(args: Args, env: gym.Env, seed: int) -> tuple[Actor, QNetwork, QNetwork]:
-    """Actor and both critics, initialised by nn.Linear from `seed`."""
-    with torch.random.fork_rng(devices=[]):  # nn.Linear draws from the global generator: seeded here, restored after
-        torch.manual_seed(seed)
-        actor = Actor(env, args.hidden_dim)
-        qf1, qf2 = QNetwork(env, args.hidden_dim), QNetwork(env, args.hidden_dim)
-    return tuple(sparsify(net, args).to(args.device) for net in (actor, qf1, qf2))
+class State:
+    """What survives a resume beside networks, optimizers, replay and generators. Whatever `train` must remember belongs
+    here (numbers, strings, tensors; lists and dicts of them): a local variable of its own starts anew at a resume."""
+
+    def __init__(self):
+        self.global_step, self.update = 0, 0  # environment steps taken, critic updates done
+        self.losses = {}  # of the last update
+        self.evaluations = []  # [global_step, mean return], but for the one at step 0
+        self.masks = []  # what masks.npz will hold
+        self.times, self.csv_bytes = [0.0, 0.0], 0  # training seconds by wall and CPU clock, length of metrics.csv
 
 
 def train(args: Args) -> dict:
     """Train; returns run_dir, exit_reason and final_score. README: what is logged, and the files of a run."""
-    set_up_torch(args)
-    video = args.capture_video and can_render(args.env_id)
+    torch.set_num_threads(args.threads)
     env = make_env(args.env_id)
     rng = make_generators(args.seed, args.device)
-    agent = make_agent(*make_networks(args, env, *draw_seeds(rng["init"], 1)), args.learning_rate)
-    rb = ReplayBuffer(args.buffer_size, env, args.device)
+    torch.manual_seed(draw_seeds(rng["init"], 1)[0])
+    networks = {name: sparsify(net, args) for name, net in make_networks(args, env).items()}
+    agent = Agent(networks, args.learning_rate)
+    stats = model_stats(agent) | {"kernel": use_kernel(args, agent, env)}
+    rb = ReplayBuffer(args.buffer_size, transition_columns(env), args.device)
     eval_seeds = draw_seeds(rng["evaluation"], args.eval_episodes)
     low, high = action_bounds(env)  # [action_dim]
     exploration_scale = args.exploration_noise * (high - low) / 2
     env.reset(seed=draw_seeds(rng["env_reset"], 1)[0])  # once: later resets go on with the environment's own generator
+    seed_globals(draw_seeds(rng["globals"], 1)[0])  # for what a fork draws with torch.rand, np.random or random
 
-    progress = {"global_step": 0, "update": 0, "wall_time_s": 0.0, "evaluations": [], "losses": {}}
-    first_masks = get_masks(agent)
-    progress["masks"] = add_masks([], first_masks, global_step=0, update=0, refresh=0)
+    state, first_masks = State(), get_masks(agent)
+    state.masks = add_masks([], first_masks, state)
     if args.resume:
-        progress = load_checkpoint(args, agent, rb, rng, env)
-    global_step, update = progress["global_step"], progress["update"]
-    evaluations, losses, update_times = progress["evaluations"], progress["losses"], []
-
-    metrics = METRICS + list(sad_metrics(first_masks, first_masks, first_masks))
-    with Run(args, metrics, model_stats(args, layer_shapes(agent)), progress, pick_kernel(args)) as run:
-
-        def save() -> None:
-            progress.update(global_step=global_step, update=update, losses=losses, wall_time_s=run.wall_time_s())
-            with run.paused():
-                save_masks(run.dir / "masks.npz", progress["masks"], first_masks)
-                save_checkpoint(run, progress, agent, rb, rng, env, dense_state(agent))
-
+        load_checkpoint(args, state, agent, rb, rng, env)
+    columns = metric_columns(agent) + list(sad_metrics(first_masks, first_masks, first_masks))
+    with Run(args, columns, stats, state) as run:
         if not args.resume:
-            with run.paused():
-                row = evaluate(agent.actor, args.env_id, eval_seeds, global_step)
-            run.log(0, row | {f"sparsity/density/{net}": d for net, d in run.stats["density"].items()})
-            save()
-
-        obs, _ = env.reset()
-        check_finite(f"reset after step {global_step}", obs)
-        episodic_return, episodic_length = 0.0, 0
-        while global_step < args.total_timesteps:
-            if global_step < args.learning_starts:
-                action = (low + (high - low) * torch.rand(low.shape, generator=rng["warmup"])).numpy()
+            density = {f"sparsity/density/{name}": value for name, value in stats["density"].items()}
+            run.log(0, density | run.evaluate(agent.actor, eval_seeds, 0))
+            save_checkpoint(run, state, agent, rb, rng, env)
+        obs = reset(env, state.global_step)
+        while state.global_step < args.total_timesteps:
+            if state.global_step < args.learning_starts:
+                action = low + (high - low) * torch.rand(low.shape, generator=rng["warmup"])
             else:
-                noise = torch.randn(low.shape, generator=rng["exploration"])
-                action = act(agent.actor, obs).addcmul_(noise, exploration_scale).clamp_(low, high).numpy()
-
-            next_obs, reward, terminated, truncated, _ = env.step(action)
-            global_step += 1
-            rb.add(obs, next_obs, action, reward, terminated)  # true successor; only termination cuts the bootstrap
-            check_finite(f"observation or reward of step {global_step}", rb.last)
+                noise = exploration_scale * torch.randn(low.shape, generator=rng["exploration"])
+                action = (act(agent.actor, obs) + noise).clamp(low, high)
+            action = action.numpy()
+            next_obs, reward, terminated, truncated, info = env.step(action)
+            state.global_step = global_step = state.global_step + 1
+            check_finite("observation or reward", global_step, next_obs, float(reward))
+            # next_obs is the true successor, also where an episode is cut off: only termination cuts the bootstrap
+            rb.add(observations=obs, actions=action, next_observations=next_obs, rewards=reward, dones=terminated)
             obs = next_obs
-            episodic_return += float(reward)
-            episodic_length += 1
 
-            row = {}
-            if global_step > args.learning_starts:
-                start = time.perf_counter()
-                update += 1
-                losses |= update_agent(agent, rb, args, rng, update)
-                check_finite(f"a loss of step {global_step}", *(x.item() for x in losses.values() if not x.dim()))
-                if (K := args.mask_update_interval) and update % K == 0:
+            row, learning, last = {}, global_step > args.learning_starts, global_step == args.total_timesteps
+            if learning:
+                with run.timed("updates"):
+                    state.update += 1
+                    state.losses |= update_agent(agent, rb, args, rng, state.update)
+                    check_finite("a loss", global_step, *(x.item() for x in state.losses.values() if not x.dim()))
+            if terminated or truncated:
+                row |= {"charts/episodic_return": info["episode"]["r"], "charts/episodic_length": info["episode"]["l"]}
+            if global_step % 1000 == 0:
+                row |= {key: value.mean().item() for key, value in state.losses.items()} | run.speed(state)
+            if global_step % args.eval_interval == 0 or last:
+                row |= run.evaluate(agent.actor, eval_seeds, global_step)
+                state.evaluations.append([global_step, row["eval/episodic_return"]])
+            K = args.mask_update_interval
+            if learning and K and state.update % K == 0 and not last:  # after the evaluation (D4)
+                with run.timed("updates"):
                     masks = get_masks(agent)
                     refresh_masks(agent)
                     row |= sad_metrics(first_masks, masks, get_masks(agent))
-                    progress["masks"] = add_masks(progress["masks"], get_masks(agent), global_step, update, update // K)
-                update_times.append(time.perf_counter() - start)
-
-            if terminated or truncated:
-                row |= {"charts/episodic_return": episodic_return, "charts/episodic_length": episodic_length}
-            if global_step % 1000 == 0:
-                row |= mean_losses(losses)
-                row["charts/SPS"] = run.steps_per_second(global_step)
-                if update_times:
-                    row["charts/update_ms"] = 1e3 * statistics.fmean(update_times)
-                    update_times.clear()
-            if global_step % args.eval_interval == 0 or global_step == args.total_timesteps:
-                with run.paused():
-                    row |= evaluate(agent.actor, args.env_id, eval_seeds, global_step)
-                evaluations.append([global_step, row["eval/episodic_return"]])
+                state.masks = add_masks(state.masks, get_masks(agent), state)
             if row:
                 run.log(global_step, row)
             run.bar.update()
@@ -504,139 +431,121 @@ def train(args: Args) -> dict:
             if terminated or truncated:
                 stop = run.stop_signal  # read once: a signal may come between the next lines
                 if run.checkpoint_due(global_step, env, stop):
-                    save()
+                    save_checkpoint(run, state, agent, rb, rng, env)
                 if stop:
                     break
-                obs, _ = env.reset()
-                check_finite(f"reset after step {global_step}", obs)
-                episodic_return, episodic_length = 0.0, 0
+                obs = reset(env, global_step)
 
-        if global_step >= args.total_timesteps:
-            save_masks(run.dir / "masks.npz", progress["masks"], first_masks)
-            run.finish(final_score(evaluations), dense_state(agent))
-            run.attempt("hardware report", lambda: hardware_report(run, env, rb, make_networks(args, env, seed=0)))
-            if video:
-                run.attempt("video", lambda: run.film(agent.actor, eval_seeds[0]))
+        if state.global_step >= args.total_timesteps:
+            write_files(run, state, agent, rb)
+            run.finish(final_score(state.evaluations))
+            if args.capture_video:
+                run.attempt("video", lambda: evaluate(agent.actor, args.env_id, eval_seeds[:1], 0, run.dir / "videos"))
+            run.attempt("hardware report", lambda: hardware_report(run, env, rb, agent))
     return {"run_dir": str(run.dir), "exit_reason": run.meta["exit_reason"], "final_score": run.meta["final_score"]}
 
 
 # --- From here on: what a first reader may skip -------------------------------------------------------------------
 
 
-METRICS = (
-    "global_step charts/episodic_return charts/episodic_length charts/SPS charts/update_ms charts/wall_time_s"
-    " losses/qf1_values losses/qf2_values losses/qf1_loss losses/qf2_loss losses/qf_loss losses/actor_loss"
-    " eval/episodic_return eval/episodic_return_std eval/episodic_length"
-    " sparsity/density/actor sparsity/density/qf1 sparsity/density/qf2"
-).split()
+# --- shared: sad ---
+def sad_metrics(first: dict, previous: dict, current: dict) -> dict[str, float]:
+    """SAD_{i:j} = |E_i - E_j|_0 (Zhou et al., SR-STE) over twice the active weights; masks by '<net>.<layer>'."""
+    row = {}
+    for key, reference in (("sad", previous), ("sad_initial", first)):
+        for net in dict.fromkeys(name.split(".")[0] for name in current):
+            layers = [name for name in current if name.split(".")[0] == net]
+            count = {name: int((current[name] != reference[name]).sum()) for name in layers}
+            active = {name: int(current[name].sum()) for name in layers}
+            row[f"{key}/{net}"] = sum(count.values()) / (2 * sum(active.values()))
+            row |= {f"{key}/{name.replace('.', '/')}": count[name] / (2 * active[name]) for name in layers}
+            if key == "sad":
+                row[f"sad_count/{net}"] = sum(count.values())
+    return row
 
 
-def layer_shapes(agent: Agent) -> dict[str, list[tuple[int, int, int]]]:
-    """(outputs, inputs, weights kept per row) of every layer of the online networks."""
-    nets = {"actor": agent.actor, "qf1": agent.qf1, "qf2": agent.qf2}
-    return {
-        name: [(*layer.weight.shape, getattr(layer, "index", layer.weight).shape[1]) for layer in net.children()]
-        for name, net in nets.items()
-    }
+# --- end shared ---
 
 
-def add_masks(history: list[dict], masks: dict, global_step: int, update: int, refresh: int) -> list[dict]:
+def nm_layers(net: nn.Module) -> dict[str, NMLinear]:
+    return {name.removeprefix("net."): layer for name, layer in net.named_modules() if isinstance(layer, NMLinear)}
+
+
+def get_masks(agent: "Agent") -> dict[str, torch.Tensor]:
+    """E of each N:M layer on the CPU, by '<net>.<layer>'; a target has its online network's masks."""
+    layers = {f"{net.name}.{name}": layer for net in agent.networks for name, layer in nm_layers(net.online).items()}
+    return {name: layer.E.cpu() for name, layer in layers.items()}
+
+
+def plain_state(net: nn.Module) -> dict[str, torch.Tensor]:
+    """A network's state as plain layers hold it: of N:M layers weight [out, in], zero where inactive, and bias."""
+    state = {name.removeprefix("net."): tensor for name, tensor in net.state_dict().items()}
+    for name, layer in nm_layers(net).items():
+        state = {key: tensor for key, tensor in state.items() if not key.startswith(f"{name}.")}
+        state |= {f"{name}.weight": layer.weight.detach(), f"{name}.bias": layer.bias.detach()}
+    return state
+
+
+def add_masks(history: list[dict], masks: dict, state: State) -> list[dict]:
     """Add a snapshot; the first, the last and every stride-th stay, 65 to 129 of them however long the run is."""
+    refresh = history[-1]["refresh"] + 1 if history else 0
     stride = 2 ** (refresh // 128).bit_length()
     bits = {name: torch.from_numpy(np.packbits(E.numpy())) for name, E in masks.items()}
     kept = [snapshot for snapshot in history if snapshot["refresh"] % stride == 0]
-    return [*kept, {"global_step": global_step, "update": update, "refresh": refresh, **bits}]
+    return [*kept, {"global_step": state.global_step, "update": state.update, "refresh": refresh, **bits}]
 
 
-def save_masks(path: Path, history: list[dict], masks: dict) -> None:
-    """masks.npz: global_step [S], update [S]; for each layer uint8 [S, bytes] (np.packbits of E, row-major), shape."""
-    arrays = {key: np.stack([np.asarray(snapshot[key]) for snapshot in history]) for key in history[0]}
-    arrays |= {f"{name}.shape": np.array(E.shape) for name, E in masks.items()}
-    write_atomic(path, lambda file: np.savez_compressed(file, **arrays))
+def write_files(run: "Run", state: State, agent: Agent, rb: "ReplayBuffer") -> None:
+    """model.pt, and masks.npz: global_step [S], update [S]; each layer uint8 [S, bytes] (np.packbits of E), shape."""
+    arrays = {key: np.stack([np.asarray(snapshot[key]) for snapshot in state.masks]) for key in state.masks[0]}
+    arrays |= {f"{name}.shape": np.array(E.shape) for name, E in get_masks(agent).items()}
+    write_atomic(run.dir / "masks.npz", lambda file: np.savez_compressed(file, **arrays))
+    save_model(run.dir / "model.pt", agent, rb)
 
 
 # --- shared: arguments ---
 class UserError(Exception):
-    """Something that the user typed or pointed to is wrong: one line, exit code 2."""
-
-
-class NonFiniteError(Exception):
-    """NaN or infinity in an observation, a reward or a loss: one line, exit code 1."""
+    """What the user typed or pointed to is wrong: one line, exit code 2."""
 
 
 def check_args(args: "Args") -> None:
-    """Raise UserError for a number out of the range that its help names."""
-    huge = 2**62
-    limits = {
-        (0, huge): "seed learning_starts mask_update_interval policy_noise exploration_noise noise_clip",
-        (1, huge): "total_timesteps buffer_size policy_frequency eval_interval checkpoint_interval",
-        (1, 2**20): "batch_size eval_episodes",
-        (0, 1): "gamma tau learning_rate",
-        (1, 2**15): "hidden_dim n m",
-        (1, 1024): "threads",
-    }
-    for (low, high), names in limits.items():
-        for name in names.split():
-            value = getattr(args, name, low)
-            above = name in ("tau", "learning_rate")  # these exclude their lower bound
-            if not low <= value <= high or (above and value == low):
-                most = f" and at most {high}" if high < huge else ""
-                raise UserError(f"{flag(name)} must be {'more than' if above else 'at least'} {low}{most}, not {value}")
-    if getattr(args, "n", 1) > getattr(args, "m", 1) or getattr(args, "m", 1) > args.hidden_dim:
-        raise UserError(f"1 <= --n <= --m <= --hidden-dim is needed, not n {args.n}, m {args.m}, {args.hidden_dim}")
-
-
-def set_up_torch(args: "Args") -> None:
-    if args.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda: torch sees no GPU here, use --device cpu")
-    torch.set_num_threads(args.threads)
-
-
-# What may be typed beside --resume and --evaluate and differ from the run.
-MAY_CHANGE = "resume runs_dir total_timesteps checkpoint_interval track wandb_project_name wandb_entity capture_video"
-EVALUATE_MAY_CHANGE = "evaluate runs_dir eval_episodes capture_video seed device threads"
+    """Raise UserError for a number outside the range that its field names, and for what does not go together."""
+    for name, hint in get_type_hints(type(args), include_extras=True).items():
+        low, high = getattr(hint, "__metadata__", (None, None))
+        if low is not None and not low <= getattr(args, name) <= high:
+            raise UserError(f"{flag(name)} must be at least {low} and at most {high}, not {getattr(args, name)}")
+    if hasattr(args, "n") and not args.n <= args.m <= args.hidden_dim:
+        raise UserError(f"--n <= --m <= --hidden-dim is needed, not {args.n}, {args.m}, {args.hidden_dim}")
 
 
 def parse_args(argv: list[str] | None = None) -> "Args":
-    """The command line; beside --resume or --evaluate the run's own arguments are the defaults and must be kept."""
-    finder = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    finder.add_argument("--resume")
-    finder.add_argument("--evaluate")
-    found = finder.parse_known_args(argv)[0]
-    folder = found.evaluate if found.resume is None else found.resume
+    """The command line; beside --resume or --evaluate the run's own arguments are the defaults."""
+    args = tyro.cli(Args, description=__doc__, args=argv)
+    folder = args.evaluate if args.resume is None else args.resume
     if folder is None:
-        return tyro.cli(Args, description=__doc__, args=argv)
-    if None not in (found.resume, found.evaluate):
+        return args
+    if args.resume and args.evaluate:
         raise UserError("--resume and --evaluate exclude each other")
-    may_change = MAY_CHANGE if found.evaluate is None else EVALUATE_MAY_CHANGE
-    try:
-        saved = Args(**read_meta(folder)["args"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder}/meta.json does not fit this version of the script: {first_line(error)}") from None
-    saved.resume = saved.evaluate = None
-    args = tyro.cli(Args, description=__doc__, args=argv, default=dataclasses.replace(saved))
-    for name, old in vars(saved).items():
-        if getattr(args, name) != old and name not in may_change.split():
+    saved = read_run(folder)[1]
+    args = tyro.cli(Args, description=__doc__, args=argv, default=replace(saved))
+    free = "resume runs_dir total_timesteps checkpoint_interval track wandb_project_name wandb_entity capture_video"
+    for name, old in vars(saved).items() if args.resume else ():
+        if getattr(args, name) != old and name not in free.split():
             raise UserError(f"{flag(name)} is {old} in {folder} and can't become {getattr(args, name)}")
     if args.total_timesteps < saved.total_timesteps:
         raise UserError(f"--total-timesteps is {saved.total_timesteps} in {folder} and can only grow")
     return args
 
 
-def read_meta(folder: str) -> dict:
-    path = Path(folder) / "meta.json"
+def read_run(folder: str) -> tuple[dict, "Args"]:
+    """meta.json and the arguments of a run of this script."""
     try:
-        meta = json.loads(path.read_text())
-        script = meta["script"]
-        for key in "run_name wandb_id args exit_reason final_score kernel threads hardware versions".split():
-            _ = meta[key]  # all that is read later
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{folder} is not the folder of a run: {path} does not exist") from None
+        meta = json.loads(Path(folder, "meta.json").read_text())
+        if meta["script"] != Path(__file__).name:
+            raise UserError(f"{folder} was made by {meta['script']}, go on with that script")
+        return meta, Args(**meta["args"])
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} is damaged: {first_line(error)}") from None
-    if script != Path(__file__).name:
-        raise UserError(f"{folder} was made by {script}, go on with that script")
-    return meta
+        raise UserError(f"{folder} holds no run of this version: {first_line(error)}") from None
 
 
 def flag(name: str) -> str:
@@ -653,19 +562,15 @@ def main() -> int:
     try:
         args = parse_args()
         if args.evaluate:
-            evaluate_run(args)
-            return 0
-        meta = read_meta(args.resume) if args.resume else {"exit_reason": None}
-        if meta["exit_reason"] == "finished" and args.total_timesteps == meta["args"]["total_timesteps"]:
+            return evaluate_run(args)
+        meta, saved = read_run(args.resume) if args.resume else ({"exit_reason": None}, args)
+        if meta["exit_reason"] == "finished" and args.total_timesteps == saved.total_timesteps:
             print(f"{args.resume} is finished (final score {meta['final_score']}), nothing to do")
             return 0
         return {"sigint": 130, "sigterm": 143}.get(train(args)["exit_reason"], 0)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (NonFiniteError, OSError) as error:
+    except (UserError, FloatingPointError, OSError) as error:
         print(f"error: {first_line(error)}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
         return 130
 
@@ -674,62 +579,38 @@ def main() -> int:
 
 
 # --- shared: replay ---
-class Batch(NamedTuple):
-    observations: torch.Tensor  # [B, obs_dim]
-    actions: torch.Tensor  # [B, action_dim]
-    next_observations: torch.Tensor  # [B, obs_dim]
-    rewards: torch.Tensor  # [B, 1]
-    dones: torch.Tensor  # [B, 1], 1 where the episode terminated (not where it was cut off)
-
-
 class ReplayBuffer:
-    """Ring of transitions, one float32 row each, so that a batch is a single gather. Samples with replacement."""
+    """Ring of transitions, one float32 row each, so that a batch is a single gather; sampled with replacement.
 
-    FILE_ROWS = 100_000
+    columns: the width of each part of a row; a batch has them as attributes [B, width], in their order.
+    """
 
-    def __init__(self, size: int, env: gym.Env, device: str):
-        obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
-        self.size, self.device = size, device
-        self.widths = [obs_dim, action_dim, obs_dim, 1, 1]  # obs | action | next obs | reward | done
+    def __init__(self, size: int, columns: dict[str, int], device: str):
+        self.size, self.widths, self.device, self.added = size, list(columns.values()), device, 0
         try:
             self.array = np.zeros((size, sum(self.widths)), np.float32)  # takes memory only as it fills
         except (MemoryError, ValueError):
-            raise UserError(f"--buffer-size {size} needs {size * sum(self.widths) >> 28:,} GiB of memory") from None
-        self.rows = torch.from_numpy(self.array)
-        self.added = 0  # transitions ever added
-        self.last = self.array[0]  # the row added last
-        self.files: list[list[int]] = []  # [start, stop) of the transitions in each file on disk
+            raise UserError(f"--buffer-size {size} is more than memory holds") from None
+        self.rows, self.Batch = torch.from_numpy(self.array), namedtuple("Batch", columns)
+        stops = np.cumsum(self.widths).tolist()
+        self.places = {name: slice(stop - columns[name], stop) for name, stop in zip(columns, stops, strict=True)}
 
-    def add(self, obs, next_obs, action, reward, done) -> None:
-        row, a, n = self.array[self.added % self.size], self.widths[0], self.widths[0] + self.widths[1]
-        self.last = row
-        row[:a], row[a:n], row[n:-2], row[-2], row[-1] = obs, action, next_obs, reward, done
+    def add(self, **transition) -> None:
+        row = self.array[self.added % self.size]
+        for name, value in transition.items():
+            row[self.places[name]] = value
         self.added += 1
 
-    def sample(self, batch_size: int, generator: torch.Generator) -> Batch:
+    def sample(self, batch_size: int, generator: torch.Generator):
         index = torch.randint(min(self.added, self.size), (batch_size,), generator=generator)
-        rows = self.rows.index_select(0, index).to(self.device)
-        return Batch(*rows.split(self.widths, dim=1))
+        return self.Batch(*self.rows.index_select(0, index).to(self.device).split(self.widths, dim=1))
 
-    def save(self, folder: Path) -> None:
-        """Write the transitions since the last save to new files: those of older checkpoints are never touched."""
-        oldest = max(0, self.added - self.size)
-        start = max(oldest, self.files[-1][1] if self.files else 0)
-        self.files = [file for file in self.files if file[1] > oldest]
-        while start < self.added:
-            stop = min(start + self.FILE_ROWS, self.added)
-            rows = self.array[np.arange(start, stop) % self.size]
-            write_atomic(folder / f"{start}-{stop}.npz", lambda file, rows=rows: np.savez(file, rows=rows))  # has CRCs
-            self.files.append([start, stop])
-            start = stop
+    def state_dict(self) -> dict:
+        return {"added": self.added, "rows": torch.from_numpy(self.array[: self.added])}  # without the empty part
 
-    def load(self, folder: Path, files: list[list[int]], added: int) -> None:
-        self.files, self.added = files, added
-        for start, stop in files:
-            first = max(start, added - self.size)
-            with np.load(folder / f"{start}-{stop}.npz", allow_pickle=False) as file:
-                rows = file["rows"]
-            self.array[np.arange(first, stop) % self.size] = rows[first - start :]
+    def load_state_dict(self, state: dict) -> None:
+        self.added = state["added"]
+        self.rows[: len(state["rows"])] = state["rows"]
 
 
 # --- end shared ---
@@ -739,31 +620,34 @@ class ReplayBuffer:
 def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     """A plain environment; raises UserError where this script can't run on it."""
     warnings.filterwarnings("ignore", ".*is out of date", DeprecationWarning)  # v4 is what was published
-    if not re.search(r"-v\d+$", env_id):
-        raise UserError(f"--env-id {env_id} must name the version, as in Ant-v4")
     try:
-        env = gym.make(env_id, render_mode=render_mode, disable_env_checker=True)  # the checker takes time each step
+        env = gym.make(env_id, render_mode=render_mode, disable_env_checker=True)  # the checker costs time each step
     except Exception as error:
-        near = [] if env_id in gym.registry else difflib.get_close_matches(env_id, gym.registry, cutoff=0.5)
-        hint = f" (close to it: {', '.join(near)})" if near else ""
-        raise UserError(f"--env-id {env_id}: {first_line(error)}{hint}") from None
+        raise UserError(f"--env-id {env_id}: {first_line(error)}") from None
     obs, action = env.observation_space, env.action_space
-    if not isinstance(obs, gym.spaces.Box) or len(obs.shape) != 1 or not obs.shape[0]:
-        raise UserError(f"--env-id {env_id} must have flat observations (a Box of one dimension), not {obs}")
-    if not isinstance(action, gym.spaces.Box) or action.dtype.kind != "f" or action.shape[1:] or not action.low.size:
-        raise UserError(f"--env-id {env_id} must have continuous actions (a Box of one dimension), not {action}")
+    if not all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in (obs, action)):
+        raise UserError(f"--env-id {env_id} must have flat observations and continuous actions, not {obs}, {action}")
     if not (np.isfinite([action.low, action.high]).all() and (action.low < action.high).all()):
         raise UserError(f"--env-id {env_id} must have bounded actions, not {action}")
-    return env
+    if not re.search(r"-v\d+$", env_id):
+        raise UserError(f"--env-id {env_id} must name the version, as in Ant-v4")
+    return gym.wrappers.RecordEpisodeStatistics(env)  # info["episode"] at an episode's end
 
 
 def action_bounds(env: gym.Env) -> tuple[torch.Tensor, torch.Tensor]:
     return tuple(torch.tensor(bound, dtype=torch.float32) for bound in (env.action_space.low, env.action_space.high))
 
 
+def transition_columns(env: gym.Env) -> dict[str, int]:
+    obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
+    return {"observations": obs_dim, "actions": action_dim, "next_observations": obs_dim, "rewards": 1, "dones": 1}
+
+
 def make_generators(seed: int, device: str) -> dict[str, torch.Generator]:
-    """A random stream for each purpose, so that none shifts another (D8)."""
-    names = ("init", "env_reset", "warmup", "exploration", "replay", "smoothing", "evaluation")
+    """A random stream for each purpose, so that none shifts another (D8). Add yours at the end."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no GPU here, use --device cpu")
+    names = ("init", "env_reset", "warmup", "exploration", "replay", "smoothing", "evaluation", "globals")
     generators = {name: torch.Generator(device if name == "smoothing" else "cpu") for name in names}
     for generator, child in zip(generators.values(), np.random.SeedSequence(seed).spawn(len(names)), strict=True):
         generator.manual_seed(int(child.generate_state(1, np.uint64)[0] >> 1))
@@ -774,72 +658,92 @@ def draw_seeds(generator: torch.Generator, count: int) -> list[int]:
     return torch.randint(2**31, (count,), generator=generator).tolist()
 
 
-def check_finite(what: str, *values) -> None:
+def seed_globals(seed: int) -> None:
+    """Seed what a fork may draw from without thinking: random, numpy.random, torch.rand."""
+    random.seed(seed)
+    np.random.seed(seed)
+    torch.manual_seed(seed)
+
+
+def get_globals() -> list:
+    name, key, *rest = np.random.get_state()
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    return [random.getstate(), [name, key.tolist(), *rest], torch.get_rng_state(), cuda]
+
+
+def set_globals(python_state, numpy_state, torch_state, cuda_states) -> None:
+    random.setstate(python_state)
+    np.random.set_state(numpy_state)
+    torch.set_rng_state(torch_state)
+    torch.cuda.set_rng_state_all(cuda_states)
+
+
+@contextlib.contextmanager
+def evaluating(actor: nn.Module):
+    """eval() mode; global generators come back as they were, so that training does not depend on evaluations."""
+    states = get_globals()
+    actor.eval()
+    with torch.no_grad():
+        yield
+    actor.train()
+    set_globals(*states)
+
+
+def check_finite(what: str, step: int, *values) -> None:
     for value in values:
         if not (math.isfinite(value) if isinstance(value, float) else np.isfinite(value).all()):
-            raise NonFiniteError(f"{what} is NaN or infinite")
+            raise FloatingPointError(f"{what} at step {step} is NaN or infinite")
+
+
+def reset(env: gym.Env, step: int) -> np.ndarray:
+    obs, _ = env.reset()
+    check_finite("observation of the reset", step, obs)
+    return obs
 
 
 @torch.no_grad()
 def act(actor: "Actor", obs: np.ndarray) -> torch.Tensor:
     """Noise-free action [action_dim] on the CPU. Copies obs: only torch's own memory is sure to be aligned."""
-    x = torch.tensor(obs[None], dtype=torch.float32, device=actor.action_scale.device)
-    return actor(x)[0].cpu()
+    return actor(torch.tensor(obs[None], dtype=torch.float32, device=actor.action_scale.device))[0].cpu()
 
 
-def evaluate(actor: "Actor", env_id: str, seeds: list[int], step: int, video: Path | None = None) -> dict[str, float]:
-    """Returns and lengths of the noise-free policy, an episode per seed, in an environment of its own."""
-    env = make_env(env_id, render_mode="rgb_array" if video else None)
-    if video:
-        options = {"episode_trigger": lambda _: True, "name_prefix": video.name, "disable_logger": True}
-        env = gym.wrappers.RecordVideo(env, str(video.parent), **options)
-    returns, lengths = [0.0] * len(seeds), [0] * len(seeds)
-    for episode, seed in enumerate(seeds):
-        obs, _ = env.reset(seed=seed)
-        done = False
-        while not done:
-            obs, reward, terminated, truncated, _ = env.step(act(actor, obs).numpy())
-            check_finite(f"observation or reward in the evaluation at step {step}", obs, reward)
-            returns[episode] += float(reward)
-            lengths[episode] += 1
-            done = terminated or truncated
+def evaluate(actor: "Actor", env_id: str, seeds: list[int], step: int, videos: Path | None = None) -> dict[str, float]:
+    """Return and length of the noise-free policy, an episode per seed, in an environment of its own."""
+    env, episodes = make_env(env_id, "rgb_array" if videos else None), []
+    if videos:
+        if sys.platform == "linux" and "DISPLAY" not in os.environ:
+            os.environ.setdefault("MUJOCO_GL", "egl")
+        env = gym.wrappers.RecordVideo(env, str(videos), lambda _: True, disable_logger=True)
+    with evaluating(actor):
+        for seed in seeds:
+            (obs, info), done = env.reset(seed=seed), False
+            while not done:
+                obs, reward, terminated, truncated, info = env.step(act(actor, obs).numpy())
+                check_finite("observation or reward in the evaluation", step, obs, float(reward))
+                done = terminated or truncated
+            episodes.append((info["episode"]["r"], info["episode"]["l"]))
     env.close()
-    return {
-        "eval/episodic_return": float(np.mean(returns)),
-        "eval/episodic_return_std": float(np.std(returns)),
-        "eval/episodic_length": float(np.mean(lengths)),
-    }
+    (mean, length), (std, _) = np.mean(episodes, 0).tolist(), np.std(episodes, 0).tolist()
+    return {"eval/episodic_return": mean, "eval/episodic_return_std": std, "eval/episodic_length": length}
 
 
-def evaluate_run(args: "Args") -> None:
+def evaluate_run(args: "Args") -> int:
     """--evaluate: the run's own evaluation episodes (further ones come from the same stream), filmed if asked for."""
-    set_up_torch(args)
-    folder, video = Path(args.evaluate), args.capture_video and can_render(args.env_id)
-    actor = Actor(make_env(args.env_id), args.hidden_dim).to(args.device)  # plain nn.Linear layers
+    torch.set_num_threads(args.threads)
+    path, actor = Path(args.evaluate, "model.pt"), make_networks(args, make_env(args.env_id))["actor"]
     try:
-        actor.load_state_dict(read_torch(folder / "model.pt")["actor"])
+        content = read_torch(path)
+        actor.load_state_dict({name: content["actor"][name.removeprefix("net.")] for name in actor.state_dict()})
+        observations, actions = content["probe"]
     except Exception as error:
-        raise UserError(f"{folder / 'model.pt'} is missing, damaged or foreign: {first_line(error)}") from None
+        raise UserError(f"{path} is missing, damaged or foreign: {first_line(error)}") from None
+    with evaluating(actor):
+        if not torch.allclose(actor(observations.to(args.device)).cpu(), actions, rtol=1e-3, atol=1e-4):
+            raise UserError(f"{path}: plain layers do not act as the run's own network did")
     seeds = draw_seeds(make_generators(args.seed, args.device)["evaluation"], args.eval_episodes)
-    film = folder / "videos" / time.strftime("evaluate-%Y%m%d-%H%M%S")
-    row = evaluate(actor, args.env_id, seeds, 0, film if video else None)
-    print(f"{folder.name}: return {row['eval/episodic_return']:.1f} ± {row['eval/episodic_return_std']:.1f}, mean ± std"
-          f" of {len(seeds)} episodes{f', videos in {folder}/videos' if video else ''}")  # fmt: skip
-
-
-def can_render(env_id: str) -> bool:
-    """Try one frame, in a process of its own because a broken driver may kill it."""
-    environ = dict(os.environ)
-    if sys.platform == "linux" and "DISPLAY" not in environ:
-        environ.setdefault("MUJOCO_GL", "egl")
-    code = f"import gymnasium, moviepy; e = gymnasium.make({env_id!r}, render_mode='rgb_array'); e.reset(); e.render()"
-    trial = subprocess.run([sys.executable, "-c", code], env=environ, capture_output=True, text=True)
-    if trial.returncode == 0:
-        os.environ.update(environ)  # mujoco reads it when it is imported
-    else:
-        reason = (trial.stderr.strip() or f"exit code {trial.returncode}").splitlines()[-1]
-        print(f"warning: going on without video, a trial frame failed: {reason}", file=sys.stderr)
-    return trial.returncode == 0
+    row = evaluate(actor, args.env_id, seeds, 0, path.parent / "videos" if args.capture_video else None)
+    print("{}: return {:.1f} ± {:.1f} (mean ± std), length {:.0f}".format(path.parent.name, *row.values()))
+    return 0
 
 
 # --- end shared ---
@@ -856,82 +760,113 @@ def final_score(evaluations: list[list]) -> float:
 
 
 # --- shared: run ---
-class Run:
-    """What a run leaves behind (folder, W&B), its training clock, progress bar and signals."""
+def make_adam(parameters, learning_rate: float) -> optim.Adam:
+    """Adam in one fused call, which does not tell autograd that it changed the parameters: the hook does."""
+    optimizer = optim.Adam(parameters, lr=learning_rate, fused=True)
+    changed = optimizer.param_groups[0]["params"]
+    optimizer.register_step_post_hook(lambda *_: torch.autograd.graph.increment_version(changed))
+    return optimizer
 
-    def __init__(self, args: "Args", metrics: list[str], stats: dict, progress: dict, kernel: str = "torch"):
-        self.args, self.stats, self.stop_signal = args, stats, None
-        self.last_checkpoint = progress["global_step"] if args.resume else None
-        facts = {
-            "n": getattr(args, "n", None), "m": getattr(args, "m", None), "kernel": kernel, "threads": args.threads,
-            "hardware": hardware_name(args), "cores": os.cpu_count(), **stats,
-            "versions": {"python": platform.python_version()}
-            | {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy", "wandb")},
-        }  # fmt: skip
-        facts["commit"], facts["dirty"] = git_state()
+
+def metric_columns(agent: "Agent") -> list[str]:
+    """The columns of metrics.csv: add what you log."""
+    names = [net.name for net in agent.networks]
+    groups = {
+        "charts": "episodic_return episodic_length SPS update_ms wall_time_s cpu_time_s".split(),
+        "losses": [f"{name}_{kind}" for name in names[1:] for kind in ("values", "loss")] + ["qf_loss", "actor_loss"],
+        "eval": "episodic_return episodic_return_std episodic_length".split(),
+        "sparsity/density": names,
+    }
+    return ["global_step", *(f"{group}/{name}" for group, names in groups.items() for name in names)]
+
+
+def model_stats(agent: "Agent") -> dict:
+    """Modules of the online networks: name, type, shape of the weight, how much of it is active; and their sizes."""
+    modules, density, active, inactive = {}, {}, 0, 0
+    for net in agent.networks:
+        modules[net.name], kept, size = [], 0, 0
+        for name, part in net.online.named_modules():
+            if not list(part.children()):
+                modules[net.name].append({"name": name.removeprefix("net."), "type": type(part).__name__})
+                if isinstance(weight := getattr(part, "weight", None), torch.Tensor):
+                    modules[net.name][-1]["weight"] = list(weight.shape)
+                    if weight.dim() == 2:
+                        modules[net.name][-1]["active"] = own = getattr(part, "active_weights", weight).numel()
+                        kept, size = kept + own, size + weight.numel()
+        density[net.name], inactive = kept / size, inactive + size - kept
+        active += sum(param.numel() for param in net.online.parameters())
+    return {"modules": modules, "density": density, "params_total": active + inactive, "params_active": active}
+
+
+def save_model(path: Path, agent: "Agent", rb: "ReplayBuffer") -> None:
+    """model.pt: each network as plain layers hold it; 16 observations (at first zeros) with the actor's actions."""
+    content = {name: plain_state(part) for name, part in vars(agent).items() if isinstance(part, nn.Module)}
+    observations = rb.rows[:16, rb.places["observations"]].clone()
+    with evaluating(agent.actor):
+        content["probe"] = [observations, agent.actor(observations.to(rb.device)).cpu()]
+    write_atomic(path, lambda file: torch.save(content, file))
+
+
+class Run:
+    """What a run leaves behind (folder, W&B), its training clocks, progress bar and signals."""
+
+    def __init__(self, args: "Args", columns: list[str], stats: dict, state: "State"):
+        self.args, self.stop_signal, self.last_checkpoint = args, None, state.global_step if args.resume else None
+        facts = machine_facts(args) | stats
         if args.resume:
-            self.dir, self.meta = Path(args.resume), read_meta(args.resume)
-            new = [key for key in ("kernel", "threads", "hardware", "versions") if facts[key] != self.meta[key]]
-            if new:
-                changes = "; ".join(f"{key} was {self.meta[key]}, is {facts[key]}" for key in new)
-                print(f"warning: not bit for bit: {changes}", file=sys.stderr)
-            facts = {"resumed": [*self.meta.get("resumed", []), {"global_step": self.last_checkpoint, **facts}]}
+            self.dir, self.meta = Path(args.resume), read_run(args.resume)[0]
+            for key in ("code", "kernel", "threads", "hardware", "versions"):
+                if facts[key] != self.meta.get(key):
+                    print(f"warning: not bit for bit, {key} was {self.meta.get(key)}, is {facts[key]}", file=sys.stderr)
+            facts = {"resumed": [*self.meta.get("resumed", []), {"global_step": state.global_step, **facts}]}
         else:
-            self.dir = new_run_dir(args)
-            (self.dir / "replay").mkdir()
-            self.meta = {"script": Path(__file__).name, "run_name": self.dir.name, "start": utc_now()}
-            self.meta["wandb_id"] = f"{self.dir.name}-{os.urandom(2).hex()}"  # names are unique in a folder only
-        self.csv = open_metrics(self.dir / "metrics.csv", metrics, progress.get("csv_bytes", 0))
-        self.writer = csv.DictWriter(self.csv, metrics, lineterminator="\n")  # a key that is not in `metrics` raises
-        self.meta |= facts | {"args": vars(args) | {"resume": None}, "end": None, "exit_reason": "running"}
-        self.meta |= {"final_score": None}
-        self.write_meta()
+            pattern, now = f"_{args.n}of{args.m}" if hasattr(args, "n") else "", time.strftime("%Y%m%d-%H%M%S")
+            name = re.sub(r"[^\w.-]", "-", f"{args.env_id}__{args.exp_name}{pattern}__s{args.seed}__{now}")
+            self.dir = Path(args.runs_dir, name)
+            try:
+                self.dir.mkdir(parents=True)
+                shutil.copy(__file__, self.dir)
+            except OSError as error:
+                raise UserError(f"--runs-dir {args.runs_dir}: {error}") from None
+            self.meta = {"script": Path(__file__).name, "run_name": name, "start": time.strftime(self.ISO)}
+            self.meta["wandb_id"] = f"{name}-{os.urandom(2).hex()}"  # names are unique in a folder only
+        self.csv = open_metrics(self.dir / "metrics.csv", columns, state.csv_bytes)
+        self.writer = csv.DictWriter(self.csv, columns, lineterminator="\n")
+        self.meta |= facts | {"args": vars(args) | {"resume": None}, "end": None}
+        self.write_meta(exit_reason="running", final_score=None)
         self.wandb = start_wandb(args, self.meta)
-        self.bar = tqdm(total=args.total_timesteps, initial=progress["global_step"], unit="step", dynamic_ncols=True,
-                        disable=not sys.stderr.isatty())  # fmt: skip
-        self.clock = time.perf_counter() - progress["wall_time_s"]
-        self.last_row = (progress["global_step"], progress["wall_time_s"])
+        self.spent = {"paused": clock() - np.array(state.times), "updates": np.zeros(2)}
+        self.last = np.array([state.global_step, state.update, state.times[0], 0.0])
+        self.terminal, step = sys.stderr.isatty(), state.global_step
+        file = None if self.terminal else open(os.devnull, "w")
+        self.bar = tqdm(initial=step, total=args.total_timesteps, unit="step", dynamic_ncols=True, file=file)
+
+    ISO = "%Y-%m-%dT%H:%M:%S%z"
 
     def __enter__(self) -> "Run":
-        self.handlers = {}
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                if signal.getsignal(number) is not signal.SIG_IGN:  # nohup stays nohup
-                    self.handlers[number] = signal.signal(number, self.stop)
+        self.handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
         self.say(f"{self.dir}: {f'resumed at step {self.last_checkpoint}' if self.args.resume else 'started'}")
         return self
 
     def stop(self, number: int, _frame) -> None:
-        if self.stop_signal and number != signal.SIGHUP:
+        if self.stop_signal:
             os._exit(128 + number)
         self.stop_signal = "sigint" if number == signal.SIGINT else "sigterm"
-        with contextlib.suppress(OSError):  # the terminal may be gone
-            os.write(2, b"\nstopping at the end of this episode; once more to leave at once\n")
+        os.write(2, b"\nstopping at the end of this episode; once more to leave at once\n")
 
     def __exit__(self, kind, error, _traceback) -> None:
-        self.restore_signals()
+        for number, handler in self.handlers.items():
+            signal.signal(number, handler)
         self.bar.close()
-        stopped = self.meta["exit_reason"] == "running"
-        if stopped:
-            reasons = {None: self.stop_signal, NonFiniteError: "nan"}
-            self.meta["exit_reason"] = reasons.get(kind, "error")
-        self.meta["end"] = utc_now()
+        if stopped := self.meta["exit_reason"] == "running":
+            self.meta["exit_reason"] = {None: self.stop_signal, FloatingPointError: "nan"}.get(kind, "error")
         with contextlib.suppress(OSError):  # on a full disk the first error is the one to report
-            self.write_meta()
-        with contextlib.suppress(OSError):
+            self.write_meta(end=time.strftime(self.ISO))
             self.csv.close()
         if self.wandb:
             self.attempt("upload to W&B", self.finish_wandb)
         if stopped:
-            last = f"last checkpoint: {self.dir}/checkpoint.pt, step {self.last_checkpoint} (--resume {self.dir})"
-            last = "no checkpoint yet" if self.last_checkpoint is None else last
-            with contextlib.suppress(OSError):
-                stream = sys.stderr if kind else sys.stdout
-                print(f"stopped by {self.meta['exit_reason']}; {last}", file=stream, flush=True)
-
-    def restore_signals(self) -> None:
-        for number, handler in self.handlers.items():
-            signal.signal(number, handler)
+            self.say(f"stopped by {self.meta['exit_reason']}; last checkpoint: step {self.last_checkpoint}, {self.dir}")
 
     def attempt(self, what: str, action) -> bool:
         """Do what a run must not fail for; False if it failed."""
@@ -944,148 +879,120 @@ class Run:
 
     def say(self, message: str) -> None:
         with contextlib.suppress(OSError):  # whoever reads this may be gone; the run goes on
-            print(message, flush=True) if self.bar.disable else self.bar.write(message)
+            self.bar.write(message)
+            sys.stdout.flush()
 
-    def write_meta(self) -> None:
-        text = json.dumps(self.meta, indent=2) + "\n"
-        write_atomic(self.dir / "meta.json", lambda file: file.write(text.encode()))
+    def write_meta(self, **facts) -> None:
+        self.meta |= facts
+        write_atomic(self.dir / "meta.json", lambda file: file.write(json.dumps(self.meta, indent=2).encode() + b"\n"))
+
+    def times(self) -> np.ndarray:
+        """Training seconds by wall and CPU clock, summed over resumes, without evaluations and checkpoints."""
+        return clock() - self.spent["paused"]
 
     @contextlib.contextmanager
-    def paused(self):
-        """Stop the training clock."""
-        start = time.perf_counter()
+    def timed(self, what: str):
+        """Count the time as that of "updates", or as "paused", which is no training time."""
+        start = clock()
         yield
-        self.clock += time.perf_counter() - start
+        self.spent[what] += clock() - start
 
-    def wall_time_s(self) -> float:
-        return time.perf_counter() - self.clock
+    def speed(self, state: "State") -> dict[str, float]:
+        """Environment steps per training second and milliseconds per update since the last call."""
+        now = np.array([state.global_step, state.update, self.times()[0], self.spent["updates"][0]])
+        (steps, updates, seconds, update_s), self.last = now - self.last, now
+        return {"charts/SPS": steps / seconds} | ({"charts/update_ms": 1e3 * update_s / updates} if updates else {})
 
-    def steps_per_second(self, global_step: int) -> float:
-        """Environment steps per training second since the last call."""
-        (step, seconds), self.last_row = self.last_row, (global_step, self.wall_time_s())
-        return (global_step - step) / (self.last_row[1] - seconds)
+    def evaluate(self, actor: "Actor", seeds: list[int], global_step: int) -> dict[str, float]:
+        with self.timed("paused"):
+            return evaluate(actor, self.args.env_id, seeds, global_step)
 
     def log(self, global_step: int, row: dict[str, float]) -> None:
         """Write a row of metrics.csv (on disk when this returns) and of W&B."""
-        row = {"global_step": global_step, "charts/wall_time_s": self.wall_time_s(), **row}
+        wall, cpu = self.times().tolist()
+        row = {"global_step": global_step, "charts/wall_time_s": wall, "charts/cpu_time_s": cpu, **row}
+        if unknown := row.keys() - set(self.writer.fieldnames):
+            raise ValueError(f"metrics.csv has no column for {sorted(unknown)}: add it to metric_columns")
         self.writer.writerow(row)
-        self.csv.flush()
         if self.wandb and not self.attempt("more rows in W&B", lambda: self.wandb.log(row)):
             self.wandb = None
         if "eval/episodic_return" in row:
-            result = f"eval {row['eval/episodic_return']:.1f} ± {row['eval/episodic_return_std']:.1f}"
-            self.bar.set_postfix_str(result)
-            if self.bar.disable:
-                rate = row.get("charts/SPS") or global_step / row["charts/wall_time_s"]
-                left = (self.args.total_timesteps - global_step) / 60 / rate if rate else 0
-                self.say(f"step {global_step}: {result}" + f", {rate:.0f} steps/s, {left:.1f} min left" * (rate > 0))
+            self.bar.set_postfix_str("eval {eval/episodic_return:.1f} ± {eval/episodic_return_std:.1f}".format(**row))
+            if not self.terminal:
+                self.say(str(self.bar))
 
     def checkpoint_due(self, global_step: int, env: gym.Env, stop: str | None) -> bool:
-        """At an episode's end: after each interval, on a stop signal, and (--keep-replay) if it may be the last one.
-
-        Never at the very end, whose extra evaluation a longer run would not have made.
-        """
+        """After an interval, on a stop signal and (--keep-replay) in the last episode, but never at the very end."""
         interval, left = self.args.checkpoint_interval, self.args.total_timesteps - global_step
         last = self.args.keep_replay and left <= (env.spec.max_episode_steps or 0)
-        passed = global_step // interval > self.last_checkpoint // interval
-        return left > 0 and (passed or last or bool(stop))
+        return left > 0 and (last or bool(stop) or global_step // interval > self.last_checkpoint // interval)
 
-    def finish(self, score: float, model: dict) -> None:
-        """All training is done: write what remains to be written, drop what only a resume needs."""
-        write_torch(self.dir / "model.pt", model)
-        os.fsync(self.csv.fileno())
-        self.meta |= {"exit_reason": "finished", "final_score": score, "wall_time_s": self.wall_time_s()}
-        self.write_meta()
+    def finish(self, score: float) -> None:
+        """All training is done; drop what only a resume needs."""
+        wall, cpu = self.times().tolist()
+        self.write_meta(exit_reason="finished", final_score=score, wall_time_s=wall, cpu_time_s=cpu)
         if not self.args.keep_replay:
-            shutil.rmtree(self.dir / "replay")
+            (self.dir / "checkpoint.pt").unlink()
         self.say(f"{self.dir}: finished, final score {score:.1f}")
-        self.restore_signals()
-
-    def film(self, actor: "Actor", seed: int) -> None:
-        evaluate(actor, self.args.env_id, [seed], self.args.total_timesteps, self.dir / "videos" / "final")
-        path = max((self.dir / "videos").glob("*.mp4"), key=os.path.getmtime)
-        self.say(f"video: {path}")
-        if self.wandb:
-            import wandb
-
-            self.wandb.log({"video": wandb.Video(str(path), format="mp4"), "global_step": self.args.total_timesteps})
 
     def finish_wandb(self) -> None:
+        import wandb
+
+        for path in (self.dir / "videos").glob("*.mp4"):
+            self.wandb.log({"video": wandb.Video(str(path), format="mp4"), "global_step": self.args.total_timesteps})
         self.wandb.summary.update({"final_score": self.meta["final_score"], **self.meta.get("hardware_report", {})})
-        for path in (self.dir / "meta.json", self.dir / "masks.npz"):
-            if path.exists():  # a copy: it stays when the run's folder goes
-                self.wandb.save(shutil.copy(path, self.wandb.dir), base_path=self.wandb.dir, policy="now")
+        for name in ("meta.json", "masks.npz", self.meta["script"]):  # copies, which stay when the run's folder goes
+            if (self.dir / name).exists():
+                self.wandb.save(shutil.copy(self.dir / name, self.wandb.dir), base_path=self.wandb.dir, policy="now")
         self.wandb.finish(exit_code=int(self.meta["exit_reason"] != "finished"))
 
 
-def new_run_dir(args: "Args") -> Path:
-    pattern = f"_{args.n}of{args.m}" if hasattr(args, "n") else ""
-    name = f"{args.env_id}__{args.exp_name}{pattern}__s{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    name = re.sub(r"[^\w.-]", "-", name)
-    try:
-        Path(args.runs_dir).mkdir(parents=True, exist_ok=True)
-        for number in itertools.count(1):
-            with contextlib.suppress(FileExistsError):
-                path = Path(args.runs_dir) / (name if number == 1 else f"{name}-{number}")
-                path.mkdir()
-                return path
-    except OSError as error:
-        raise UserError(f"--runs-dir {args.runs_dir} can't be written: {first_line(error)}") from None
+def clock() -> np.ndarray:
+    return np.array([time.perf_counter(), time.process_time()])
 
 
-def open_metrics(path: Path, metrics: list[str], size: int):
+def open_metrics(path: Path, columns: list[str], size: int):
     """metrics.csv for appending, locked against a second process; of a resumed run its first `size` bytes are kept."""
-    header = (",".join(metrics) + "\n").encode()
     try:
-        file = open(path, "r+b" if size else "x+b")
+        file = open(path, "r+" if size else "x+", newline="", buffering=1)  # each row goes to disk
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing") from None
     except OSError as error:
-        raise UserError(f"{path.parent} is being written by another process ({first_line(error)})") from None
-    if size:
-        kept = file.read(size)
-        if len(kept) < size or not kept.startswith(header) or not kept.endswith(b"\n"):
-            raise UserError(f"{path} is damaged or was written by another version of this script")
-        file.truncate(size)
-    else:
-        file.write(header)
-    return io.TextIOWrapper(file, newline="", write_through=True)
+        raise UserError(f"{path} is missing or being written by another process ({first_line(error)})") from None
+    header = ",".join(columns) + "\n"
+    if size and (not (kept := file.read(size)).startswith(header) or len(kept) < size):
+        raise UserError(f"{path} is damaged or was written by another version of this script")
+    file.seek(size)
+    file.truncate()
+    file.write("" if size else header)
+    return file
 
 
 def start_wandb(args: "Args", meta: dict):
     """A W&B run under the run's own name; offline, with a line that says so, without a login or a network."""
-    if not args.track:
+    wanted = os.environ.get("WANDB_MODE")
+    if not args.track or wanted == "disabled":
         return None
     import wandb
 
-    pattern = f"{args.n}of{args.m}" if hasattr(args, "n") else "dense"
-    options = {
-        "project": args.wandb_project_name, "entity": args.wandb_entity, "id": meta["wandb_id"],
-        "name": meta["run_name"], "group": args.env_id, "tags": [pattern, Path(__file__).stem],
-        "config": {**meta["args"], "meta": {key: value for key, value in meta.items() if key != "args"}},
-        "resume": "allow" if args.resume else None,
-        "settings": wandb.Settings(silent=True, console="off", init_timeout=30),
-    }  # fmt: skip
-    try:
-        offline = not os.environ.get("WANDB_MODE") and not wandb.login(prompt=False, verify=False)
-        run = wandb.init(mode="offline" if offline else os.environ.get("WANDB_MODE") or None, **options)
-    except Exception as error:  # no network, a wrong key, project or mode: none of them may cost a run
-        print(f"warning: W&B: {first_line(error)}", file=sys.stderr)
-        wandb.teardown()
-        os.environ["WANDB_MODE"] = "offline"
+    tags = ["dense" if meta["n"] is None else f"{meta['n']}of{meta['m']}", Path(__file__).stem]
+    tags += filter(None, os.environ.get("WANDB_TAGS", "").split(","))
+    options = {"project": args.wandb_project_name, "entity": args.wandb_entity, "id": meta["wandb_id"], "tags": tags}
+    options |= {"name": meta["run_name"], "group": args.env_id, "resume": "allow" if args.resume else None}
+    options |= {"config": meta["args"] | {"meta": {key: value for key, value in meta.items() if key != "args"}}}
+    for mode in (wanted, "offline"):  # no network, a wrong key, project, mode: none may cost a run
         try:
-            run = wandb.init(**options)
-        except Exception:
-            print("warning: going on without W&B", file=sys.stderr)
-            return None
-    if run.disabled:
-        return None
-    run.define_metric("*", step_metric="global_step")
-    folder = Path(run.dir).parent
-    offline_line = f"W&B is offline: look with `wandb leet {folder.parent}`, upload with `wandb sync {folder}`"
-    print(offline_line if run.offline else f"W&B: {run.url}")
-    return run
+            options["mode"] = mode or ("online" if wandb.login(prompt=False, verify=False) else "offline")
+            os.environ["WANDB_MODE"] = options["mode"]  # a wrong word there is an error whatever `mode` says
+            run = wandb.init(settings=wandb.Settings(silent=True, console="off", init_timeout=30), **options)
+            run.define_metric("*", step_metric="global_step")
+            folder = Path(run.dir).parent
+            hint = f"W&B is offline: look with `wandb leet {folder.parent}`, upload with `wandb sync {folder}`"
+            print(hint if run.offline else f"W&B: {run.url}")
+            return run
+        except Exception as error:
+            print(f"warning: W&B: {first_line(error)}", file=sys.stderr)
+            wandb.teardown()
+    return None
 
 
 def write_atomic(path: Path, write) -> None:
@@ -1097,162 +1004,94 @@ def write_atomic(path: Path, write) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
+    except RuntimeError as error:  # how torch.save says that the disk is full
+        raise OSError(f"{path} can't be written: {first_line(error)}") from None
     finally:
         temporary.unlink(missing_ok=True)
-
-
-def write_torch(path: Path, content: dict) -> None:
-    buffer = io.BytesIO()  # torch.save itself doesn't report a full disk as an OSError
-    torch.save(content, buffer)
-    write_atomic(path, lambda file: file.write(buffer.getbuffer()))
 
 
 def read_torch(path: Path) -> dict:
     if (broken := zipfile.ZipFile(path).testzip()) is not None:  # torch.load does not look at checksums
         raise ValueError(f"{broken} is not what was written")
-    return torch.load(path, weights_only=True, map_location="cpu")
+    return torch.load(path, weights_only=True, map_location="cpu", mmap=True)
 
 
-def save_checkpoint(run: Run, progress: dict, agent: "Agent", rb: ReplayBuffer, rng: dict, env: gym.Env, model) -> None:
-    """All that a resume needs at an episode's end: tensors and plain values, so that it loads with weights_only."""
-    run.csv.flush()
-    os.fsync(run.csv.fileno())
-    rb.save(run.dir / "replay")
-    write_torch(run.dir / "model.pt", model)
-    content = {
-        "args": vars(run.args),
-        "progress": progress | {"csv_bytes": os.fstat(run.csv.fileno()).st_size},
-        "agent": {name: part.state_dict() for name, part in vars(agent).items() if hasattr(part, "state_dict")},
-        "rng": {name: generator.get_state() for name, generator in rng.items()},
-        "env_rng": env.unwrapped.np_random.bit_generator.state,
-        "replay": {"files": rb.files, "added": rb.added},
-    }
-    write_torch(run.dir / "checkpoint.pt", content)
-    run.last_checkpoint = progress["global_step"]
-    needed = {f"{start}-{stop}.npz" for start, stop in rb.files}
-    for path in (run.dir / "replay").iterdir():
-        if path.name not in needed:
-            path.unlink()
+def save_checkpoint(run: Run, state: "State", agent: "Agent", rb: ReplayBuffer, rng: dict, env: gym.Env) -> None:
+    """All that a resume needs at an episode's end, in one file."""
+    with run.timed("paused"):
+        write_files(run, state, agent, rb)
+        os.fsync(run.csv.fileno())
+        state.times, state.csv_bytes = run.times().tolist(), os.fstat(run.csv.fileno()).st_size
+        content = {name: part.state_dict() for name, part in vars(agent).items() if hasattr(part, "state_dict")}
+        content |= {"rb": rb.state_dict(), "rng": {name: generator.get_state() for name, generator in rng.items()}}
+        content |= {"globals": get_globals(), "env": env.unwrapped.np_random.bit_generator.state, "state": vars(state)}
+        write_atomic(run.dir / "checkpoint.pt", lambda file: torch.save(content, file))
+        run.last_checkpoint = state.global_step
 
 
-def load_checkpoint(args: "Args", agent: "Agent", rb: ReplayBuffer, rng: dict, env: gym.Env) -> dict:
-    """Put the last checkpoint into freshly made objects (their memory stays theirs, so aligned); returns progress."""
-    path = Path(args.resume) / "checkpoint.pt"
-    if not (path.parent / "replay").is_dir():
-        raise UserError(f"{args.resume} was finished without --keep-replay: its replay data is gone, it can't go on")
+def load_checkpoint(args: "Args", state: "State", agent: "Agent", rb: ReplayBuffer, rng: dict, env: gym.Env) -> None:
+    """Put the last checkpoint into freshly made objects (their memory stays theirs, so aligned)."""
+    path = Path(args.resume, "checkpoint.pt")
+    if not path.exists():
+        raise UserError(f"{path} is missing: a run that finished without --keep-replay can't go on")
     try:
         content = read_torch(path)
-        for name, value in content["args"].items():
-            if value != getattr(args, name) and name not in MAY_CHANGE.split():
-                raise ValueError(f"it was written with {flag(name)} {value}")
-        for name, state in content["agent"].items():
-            getattr(agent, name).load_state_dict(state)
+        for name, part in {**vars(agent), "rb": rb}.items():
+            if hasattr(part, "load_state_dict"):
+                part.load_state_dict(content[name])
         for name, generator in rng.items():
             generator.set_state(content["rng"][name])
-        env.unwrapped.np_random.bit_generator.state = content["env_rng"]
-        rb.load(path.parent / "replay", **content["replay"])
-        return content["progress"]
-    except FileNotFoundError as error:
-        raise UserError(f"{args.resume} can't be resumed: {error.filename} is missing") from None
+        set_globals(*content["globals"])
+        env.unwrapped.np_random.bit_generator.state = content["env"]
+        vars(state).update(content["state"])
     except Exception as error:
-        raise UserError(f"{path} or its replay data is damaged or foreign: {first_line(error)}") from None
+        raise UserError(f"{path} is damaged or of another version: {first_line(error)}") from None
 
 
-def dense_state(agent: "Agent") -> dict[str, dict[str, torch.Tensor]]:
-    """The six networks as model.pt holds them: weight (zeros where inactive) and bias of each layer, action scale."""
-    states = {}
-    for name, net in vars(agent).items():
-        if isinstance(net, nn.Module):
-            states[name] = {key: value for key, value in net.state_dict().items() if "." not in key}
-            for layer_name, layer in net.named_children():
-                states[name][f"{layer_name}.weight"] = layer.weight.detach()
-                states[name][f"{layer_name}.bias"] = layer.bias.detach()
-    return states
+def code_hash(source: str) -> str:
+    """Of the syntax tree without docstrings: comments and line breaks do not count."""
+    tree = ast.parse(source)
+    for node in ast.walk(tree):
+        if isinstance(body := getattr(node, "body", None), list):
+            node.body = [x for x in body if not (isinstance(x, ast.Expr) and isinstance(x.value, ast.Constant))]
+    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
 
 
-def utc_now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+def machine_facts(args: "Args") -> dict:
+    """What runs and where. dirty: this script is not the commit's, or not in git at all."""
+
+    def git(*words: str) -> str:
+        command = [shutil.which("git") or "true", "-C", str(Path(__file__).resolve().parent), *words]
+        return subprocess.run(command, capture_output=True, text=True).stdout.strip()
+
+    cpuinfo = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    hardware = re.findall(r"model name\s*: (.*)", cpuinfo)[:1] or [os.uname().machine]
+    hardware += [torch.cuda.get_device_name()] if args.device == "cuda" else []
+    versions = {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy", "wandb")}
+    facts = {"n": getattr(args, "n", None), "m": getattr(args, "m", None), "threads": args.threads}
+    facts |= {"hardware": ", ".join(hardware), "cores": os.cpu_count(), "code": code_hash(Path(__file__).read_text())}
+    facts |= {"versions": {"python": sys.version.split()[0], **versions}, "commit": git("rev-parse", "HEAD") or None}
+    return facts | {"dirty": bool(git("status", "--porcelain", "--ignored", "--", Path(__file__).name))}
 
 
-def git_state() -> tuple[str | None, bool | None]:
-    """Commit of this script's checkout and whether tracked files differ from it; None outside a checkout."""
-    command = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--abbrev=40", "--exclude=*"]
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):
-        state = subprocess.check_output([*command, "--dirty"], stderr=subprocess.DEVNULL, text=True).strip()
-        return state.removesuffix("-dirty"), state.endswith("-dirty")
-    return None, None
-
-
-def hardware_name(args: "Args") -> str:
-    cpu = platform.processor() or platform.machine()
-    with contextlib.suppress(OSError, StopIteration):
-        cpu = next(line for line in open("/proc/cpuinfo") if line.startswith("model name")).split(": ")[1].strip()
-    return cpu + (f", {torch.cuda.get_device_name()}" if args.device == "cuda" else "")
-
-
-def model_stats(args: "Args", shapes: dict[str, list[tuple[int, int, int]]]) -> dict:
-    """Size and work of the networks, dense and without the inactive weights.
-
-    shapes: (outputs, inputs, weights kept per row) of each layer of actor, qf1 and qf2. Packed bytes: 4 for a kept
-    value and 1 (2 if M > 256) for its place in the group. A product takes 2 * batch * weights FLOPs; an update has one
-    for each target, 3 for each critic (2 in layer 1), and every policy_frequency-th time 3 for the actor, 2 for qf1.
-    """
-    layers = [layer for net in shapes.values() for layer in net]
-    index_bytes = 1 if getattr(args, "m", 1) <= 256 else 2
-
-    def flops(column: int) -> float:
-        weights = {net: [layer[0] * layer[column] for layer in layers] for net, layers in shapes.items()}
-        actor, critic, first = sum(weights["actor"]), sum(weights["qf1"]), weights["qf1"][0]
-        products = actor + 2 * critic + 2 * (3 * critic - first) + (3 * actor + 2 * critic) / args.policy_frequency
-        return 2 * args.batch_size * products
-
-    return {
-        "density": {net: sum(o * k for o, _, k in s) / sum(o * i for o, i, _ in s) for net, s in shapes.items()},
-        "params_total": sum(o * i + o for o, i, _ in layers),
-        "params_active": sum(o * k + o for o, _, k in layers),
-        "bytes": {
-            "dense": sum(4 * (o * i + o) for o, i, _ in layers),
-            "packed": sum(4 * o + o * k * (4 + index_bytes * (k < i)) for o, i, k in layers),
-        },
-        "flops_per_update": {"dense": flops(1), "sparse": flops(2)},
-    }
-
-
-def hardware_report(run: Run, env: gym.Env, rb: ReplayBuffer, networks: tuple, seconds: float = 3) -> None:
-    """Time acting, a critic update and a whole update with `networks` and, in turns, with plain nn.Linear ones."""
-    args, dim = run.args, run.args.hidden_dim
-    plain = [net.to(args.device) for net in (Actor(env, dim), QNetwork(env, dim), QNetwork(env, dim))]
-    own = "dense" if isinstance(networks[0].fc1, nn.Linear) else "packed"
-    agents = {name: make_agent(*nets, args.learning_rate) for name, nets in ((own, networks), ("dense", plain))}
-    rng, every = make_generators(0, args.device), range(1, min(args.policy_frequency, 10) + 1)
-    data = rb.sample(args.batch_size, rng["replay"])
+def hardware_report(run: Run, env: gym.Env, rb: ReplayBuffer, agent: "Agent", seconds: float = 0.5) -> None:
+    """Microseconds of acting and updating with the run's networks and with plain nn.Linear ones, medians of calls."""
+    args, rng, report = run.args, make_generators(0, run.args.device), {}
+    data, every = rb.sample(args.batch_size, rng["replay"]), range(1, min(args.policy_frequency, 10) + 1)
     obs = data.observations[0].cpu().numpy()
-    calls = {
-        "actor_us": lambda agent: act(agent.actor, obs),
-        "critic_update_us": lambda agent: update_critics(agent, data, args, rng["smoothing"]),
-        "update_us": lambda agent: [update_agent(agent, rb, args, rng, update) for update in every],
-    }
-    times, stop = {(key, name): [] for key in calls for name in agents}, time.perf_counter() + seconds
-    torch_threads = {"dense": args.threads, own: torch.get_num_threads()}
-    while time.perf_counter() < stop:
-        for (key, name), values in times.items():
-            torch.set_num_threads(torch_threads[name])
-            calls[key](agents[name])  # so that none finds the caches as another one left them
-            start = time.perf_counter()
-            calls[key](agents[name])
-            if args.device == "cuda":
-                torch.cuda.synchronize()
-            values.append((time.perf_counter() - start) * 1e6 / (len(every) if key == "update_us" else 1))
-    medians = {key: statistics.median(values[len(values) // 4 :]) for key, values in times.items()}  # less warm-up
-    table = [["", *agents]]
-    table += [[key.replace("_", " "), *(f"{medians[key, name]:,.0f}" for name in agents)] for key in calls]
-    table.append(["actor + critics KiB", *(f"{run.stats['bytes'][name] / 1024:,.0f}" for name in agents)])
-    run.say(f"{run.meta['hardware']}, {args.threads} threads, float32, batch {args.batch_size}; medians")
-    for cells in table:
-        run.say(f"{cells[0]:>20}" + "".join(f"{cell:>12}" for cell in cells[1:]))
-    keys = {(key, name): f"hardware/{key}" + "_dense" * (name != own) for key, name in medians}
-    run.meta["hardware_report"] = {keys[pair]: us for pair, us in medians.items()}
-    run.write_meta()
+    agents = {"": agent, "_dense": Agent(make_networks(args, env), args.learning_rate)}
+    for name, calls in (("actor", 1), ("critic_update", 1), ("update", len(every))):
+        for suffix, agent in agents.items():
+            call = {
+                "actor": lambda agent=agent: act(agent.actor, obs),
+                "critic_update": lambda agent=agent: update_critics(agent, data, args, rng["smoothing"]),
+                "update": lambda agent=agent: [update_agent(agent, rb, args, rng, update) for update in every],
+            }[name]
+            timer = Timer("call()", globals={"call": call}, num_threads=args.threads)
+            report[f"hardware/{name}_us{suffix}"] = timer.blocked_autorange(min_run_time=seconds).median * 1e6 / calls
+    run.write_meta(hardware_report=report)
+    for name, value in report.items():
+        run.say(f"{name:>34} {value:9,.0f}")
 
 
 # --- end shared ---
@@ -1260,626 +1099,382 @@ def hardware_report(run: Run, env: gym.Env, rb: ReplayBuffer, networks: tuple, s
 
 # --- kernels ---
 # --- shared: kernels ---
-# The same network function, several times faster on a CPU: packed row-wise N:M products that do N/M of the work.
-#   forward      y[b, r]  = bias[r] + sum over k of values[r, k] x[b, index[r, k]]
-#   grad-input   dx[b, c] = sum over all (r, k) with index[r, k] = c of values[r, k] dy[b, r]
-#   grad-weight  dvalues[r, k] = sum over b of dy[b, r] x[b, index[r, k]],  dbias[r] = sum over b of dy[b, r]
+# Linear layers that work on the active weights alone, on a CPU: packed rows of any length (N:M: of equal length).
+#   forward      y[b, r]  = bias[r] + sum over the entries (r, c) of value[r, c] x[b, c]
+#   grad-input   dx[b, c] = sum over the entries (r, c) of value[r, c] dy[b, r]
+#   grad-weight  dvalue[r, c] = sum over b of dy[b, r] x[b, c] for each entry,  dbias[r] = sum over b of dy[b, r]
 KERNELS = r"""
-
-#include <pthread.h>
-#include <sched.h>
-#include <stdatomic.h>
 #include <stdint.h>
-#include <stdlib.h>
 #include <string.h>
-_Static_assert(__BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__, "little-endian");
-#if defined(__AVX512F__)
-enum { W = 16, TILES = 2 };  // floats in a vector; tiles at a time in grad_weight: as many as the registers hold
-#elif defined(__AVX__)
-enum { W = 8, TILES = 1 };
-#else
-enum { W = 4, TILES = 1 };
+#ifdef __SSE__
+#include <immintrin.h>
 #endif
-enum { V = 4, LANES = V * W };  // vectors and observations in a tile
+enum { V = 4, LANES = V * W };  // a tile is [feature][V vectors of W floats]; W: 16 with AVX-512, 8 with AVX, else 4
 #define INLINE static inline __attribute__((always_inline))
+#define APART static __attribute__((noinline))  // inlined, they are slower: too few registers
 typedef float vec __attribute__((vector_size(4 * W), may_alias));
 typedef int32_t bits __attribute__((vector_size(4 * W)));
+typedef float quad __attribute__((vector_size(16), aligned(4), may_alias));
 static const vec zero;
-#define AT(x, row) ((const vec *)((const char *)(x) + (size_t)(row) * LANES * sizeof(float)))
-#ifdef __AVX512F__  // p[j] in every lane: four values share one load, and a shuffle is cheaper than a load
-#include <immintrin.h>
+// Entries of row r in block j of columns: from ptr[r * row_step + j * block_step] to the next ptr.
+typedef struct { int64_t rows, blocks, row_step, block_step; const int32_t *ptr; const uint16_t *col; } csr;
+typedef struct { csr by_row, by_col; const int32_t *place; int64_t count; } entries;  // place in val of by_col's
+typedef struct { const entries *m; int64_t relu; const float *val, *bias; float *dval, *dbias; } layer;
+typedef struct {
+    int64_t depth, batch, stride, width, widest, keep;  // width: of x and all outputs; keep: all tiles of acts
+    const float *x;         // [batch], stride apart; backward: dy
+    float *y;               // backward: dx, or 0
+    float *acts, *scratch;  // [tile][width][LANES] of x and all outputs; backward: 2 [widest][LANES], values by column
+    layer layers[];
+} call;
+#define AT(x, i) ((const vec *)(x) + (size_t)(i) * V)
+#ifdef __AVX512F__  // p[j] in every lane: four values share one load
 #define SPREAD(p, j) ((vec)_mm512_permute_ps(_mm512_broadcast_f32x4(_mm_loadu_ps(p)), 0x55 * (j)))
 #else
 #define SPREAD(p, j) (zero + (p)[j])
 #endif
-
-#ifdef __x86_64__
-#define PAUSE __builtin_ia32_pause()
-#else
-#define PAUSE
-#endif
-enum { FORWARD, BACK, GRAD };
-typedef struct {
-    int32_t rows, cols, kept, start, blocks[3], block[3];  // flat + start: val [rows][kept], then bias [rows]
-    const int32_t *ends[3];       // [blocks][rows] first and then last + 1 of the entries in each block of columns ...
-    const uint16_t *idx, *tidx;   // column of each value; BACK is by column, in blocks of rows: row of each value ...
-    const int32_t *tpos;          // ... its place in val ...
-    float *tval;                  // ... and val in this order
-} layer;
-
-#define TWO(m) { \
-        const vec *p = AT(x, (uint16_t)(four >> 16 * (m))), *q = AT(x, (uint16_t)(four >> 16 * ((m) + 1))); \
-        const vec v = SPREAD(val + k, m), w = SPREAD(val + k, (m) + 1); \
-        for (int i = 0; i < V; i++) a[i] += v * p[i], b[i] += w * q[i]; }
-// y[r] = sum over k of val[k] x[idx[k]] (+ bias[r]) on one tile; relu: max(y, 0); gate: 0 where gate <= 0.
-INLINE void gather(const int transposed, const layer *l, const float *flat, int first, int count, const float *x,
-                   float *y, int relu, const float *gate) {
-    const int width = transposed ? l->cols : l->rows, blocks = l->blocks[transposed];
-    const uint16_t *idx = transposed ? l->tidx : l->idx;
-    const float *val = transposed ? l->tval : flat + l->start, *bias = val + l->rows * l->kept;
-    const int32_t *start = l->ends[transposed], *end = start + blocks * width;
-    for (int j = 0; j < blocks; j++)
-        for (int r = first; r < first + count; r++) {
-            vec a[V], b[V], *out = (vec *)y + (long)(r - first) * V;
-            for (int i = 0; i < V; i++) {
-                a[i] = zero + (transposed ? 0 : bias[r]), b[i] = zero;
-                if (j) a[i] = out[i];
+#define ADD(to, j) { \
+        const vec *p = AT(x, (uint16_t)(four >> 16 * (j))), v = SPREAD(val + k, j); \
+        for (int i = 0; i < vecs; i++) to[i] += v * p[i]; }
+INLINE vec positive(vec a, vec y) { return (vec)((bits)a & ~(bits)(y <= zero)); }  // a, or 0 where y <= 0; NaN stays
+INLINE void part(const int vecs, csr m, const float *val, const float *bias, const float *x, float *y,
+                 const float *gate) {
+    for (long j = 0; j < m.blocks; j++)
+        for (long r = 0; r < m.rows; r++) {
+            const int32_t *ptr = m.ptr + r * m.row_step + j * m.block_step;
+            const vec start = zero + (bias ? bias[r] : 0);
+            vec a[V], b[V], *out = (vec *)y + r * V;
+            for (int i = 0; i < vecs; i++) a[i] = j ? out[i] : start, b[i] = zero;
+            int k = ptr[0];
+            for (const int end = ptr[1] - 3; k < end; k += 4) {
+                uint64_t four;  // columns by one load
+                memcpy(&four, m.col + k, sizeof(four));
+                ADD(a, 0) ADD(b, 1) ADD(a, 2) ADD(b, 3)
             }
-            int k = start[j * width + r], stop = end[j * width + r];
-            for (; k + 3 < stop; k += 4) {
-                uint64_t four;  // one load for four indices
-                memcpy(&four, idx + k, sizeof(four));
-                TWO(0) TWO(2)
-            }
-            for (; k < stop; k++)
-                for (int i = 0; i < V; i++) a[i] += val[k] * AT(x, idx[k])[i];
-            for (int i = 0; i < V; i++) {
+            for (; k < ptr[1]; k++)
+                for (int i = 0; i < vecs; i++) a[i] += val[k] * AT(x, m.col[k])[i];
+            for (int i = 0; i < vecs; i++) {
                 a[i] += b[i];
-                if (relu && j == blocks - 1) a[i] = (vec)((bits)a[i] & ~(a[i] <= zero));
-                if (gate && j == blocks - 1) a[i] = (vec)((bits)a[i] & ~(((const vec *)gate)[r * V + i] <= zero));
+                if (gate && j == m.blocks - 1) a[i] = positive(a[i], gate == y ? a[i] : AT(gate, r)[i]);
                 out[i] = a[i];
             }
         }
 }
-
-// Lane sums of 16 vectors and transposes of 16 x 16 floats: the same four rounds of shuffles.
+// One tile of y = m x (+ bias), 0 where gate <= 0: relu if gate is y. Only the first vector if that is enough.
+APART void product(csr m, const float *val, const float *bias, const float *x, float *y, const float *gate, int few) {
+    if (few) part(1, m, val, bias, x, y, gate);
+    else part(V, m, val, bias, x, y, gate);
+}
+INLINE vec dot(const vec *d, const vec *x) { return d[0] * x[0] + d[1] * x[1] + (d[2] * x[2] + d[3] * x[3]); }
+INLINE void add_sums(float *to, vec a, vec b, vec c, vec d) {  // to[0] += the sum over the lanes of a, to[1] += ... b
 #ifdef __AVX512F__
-#if defined(__clang__) || __GNUC__ >= 12
-#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (bits){__VA_ARGS__})
+    a = _mm512_unpacklo_ps(a, b) + _mm512_unpackhi_ps(a, b), c = _mm512_unpacklo_ps(c, d) + _mm512_unpackhi_ps(c, d);
+    const __m512d s = (__m512d)(_mm512_shuffle_ps(a, c, 0x44) + _mm512_shuffle_ps(a, c, 0xee));
+    const __m256 t = (__m256)_mm512_castpd512_pd256(s) + (__m256)_mm512_extractf64x4_pd(s, 1);
+#elif defined(__AVX__)
+    const __m256 t = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
 #endif
-#define LOW_1 0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30
-#define HIGH_1 1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31
-#define LOW_2 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29
-#define HIGH_2 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31
-#define LOW_4 0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27
-#define HIGH_4 4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31
-#define LOW_8 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23
-#define HIGH_8 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31
-#define FOLD(s) INLINE vec fold_##s(vec a, vec b) { return SHUFFLE(a, b, LOW_##s) + SHUFFLE(a, b, HIGH_##s); }
-FOLD(1) FOLD(2) FOLD(4) FOLD(8)
-#define SWAP(s) for (int i = 0; i < 16; i++) if (!(i & s)) { \
-        const vec low = SHUFFLE(p[i], p[i + s], LOW_##s); \
-        p[i + s] = SHUFFLE(p[i], p[i + s], HIGH_##s), p[i] = low; }
-static void transpose(const float *a, long a_stride, float *b, long b_stride) {
-    vec p[16];
-    for (int i = 0; i < 16; i++) memcpy(p + i, a + i * a_stride, sizeof(vec));
-    SWAP(1) SWAP(2) SWAP(4) SWAP(8)
-    for (int i = 0; i < 16; i++) memcpy(b + i * b_stride, p + i, sizeof(vec));
-}
+#ifdef __AVX__
+    *(quad *)to += (quad)_mm256_castps256_ps128(t) + (quad)_mm256_extractf128_ps(t, 1);
 #else
-static void transpose(const float *a, long a_stride, float *b, long b_stride) {
-    for (int i = 0; i < 16; i++)
-        for (int k = 0; k < 16; k++) b[k * b_stride + i] = a[i * a_stride + k];
-}
+    for (int i = 0; i < W; i++) *(quad *)to += (quad){a[i], b[i], c[i], d[i]};
 #endif
-
-INLINE vec dot(const int tiles, const vec *d, const vec *x, long tile) {
-    vec a = zero, b = zero;
-    for (int i = 0; i < tiles * V; i += 2)
-        a += d[i] * x[i / V * tile + i % V], b += d[i + 1] * x[i / V * tile + i % V + 1];
-    return a + b;
 }
-// dval[k] += sum over b of dy[r][b] x[idx[k]][b] and dbias[r] += sum over b of dy[r][b], b in `tiles` tiles.
-INLINE void grad_weight(const int tiles, const layer *l, float *dval, int r0, int r1, const float *dy, long dy_width,
-                        const float *x, long x_width) {
-    const int32_t *start = l->ends[GRAD], *stop = start + l->blocks[GRAD] * l->rows;
-    float *dbias = dval + l->rows * l->kept;
-    for (int j = 0; j < l->blocks[GRAD]; j++)
-        for (int r = r0; r < r1; r++) {
-            vec d[TILES * V];
-            for (int i = 0; i < tiles * V; i++) d[i] = AT(dy, i / V * dy_width + r)[i % V];
-            if (!j) {
-                vec s = d[0];
-                for (int i = 1; i < tiles * V; i++) s += d[i];
-                for (int i = 0; i < W / 2; i++) s[i] += s[i + W / 2];
-                for (int i = 0; i < W / 2; i++) dbias[r] += s[i];
-            }
-            const int end = stop[j * l->rows + r];
-            for (int k = start[j * l->rows + r]; k < end; k += 16) {
-#define DOT(m) (k + (m) < end ? dot(tiles, d, AT(x, l->idx[k + (m)]), x_width * V) : zero)
-#ifdef __AVX512F__
-#define DOTS_2(m) fold_1(DOT(m), DOT(m + 1))
-#define DOTS_4(m) fold_2(DOTS_2(m), DOTS_2(m + 2))
-#define DOTS_8(m) fold_4(DOTS_4(m), DOTS_4(m + 4))
-                const vec sums = fold_8(DOTS_8(0), k + 8 < end ? DOTS_8(8) : zero);
-                if (k + 16 <= end) for (int m = 0; m < 16; m++) dval[k + m] += sums[m];
-                else for (int m = 0; k + m < end; m++) dval[k + m] += sums[m];
-#else
-                for (int m = 0; m < 16 && k + m < end; m++) {
-                    const vec p = DOT(m);
-                    for (int i = 0; i < W; i++) dval[k + m] += p[i];
-                }
+#define DOT(i) dot(d, AT(x, m.col[k + i]))
+// dval += dy x and dbias += dy, summed over one tile.
+APART void grad_weight(csr m, const float *dy, const float *x, float *dval, float *dbias) {
+    for (long j = 0; j < m.blocks; j++)
+        for (long r = 0; r < m.rows; r++) {
+            const vec *p = AT(dy, r), d[V] = {p[0], p[1], p[2], p[3]};
+            int k = m.ptr[r * m.row_step + j * m.block_step];
+            const int end = m.ptr[r * m.row_step + j * m.block_step + 1];
+            for (; k + 3 < end; k += 4) add_sums(dval + k, DOT(0), DOT(1), DOT(2), DOT(3));
+            if (j && k == end) continue;
+            float rest[4] = {0};  // of the bias and of up to three entries
+            const vec s = d[0] + d[1] + (d[2] + d[3]), p0 = k < end ? DOT(0) : zero;
+            add_sums(rest, s, p0, k + 1 < end ? DOT(1) : zero, k + 2 < end ? DOT(2) : zero);
+            if (!j) dbias[r] += rest[0];
+            for (int i = 0; k + i < end; i++) dval[k + i] += rest[i + 1];
+        }
+}
+// b = a^T: a [rows], a_stride apart, and b [cols], b_stride apart.
+static void transpose(const float *a, long a_stride, long rows, long cols, float *b, long b_stride) {
+    for (long top = 0; top < rows; top += 16)
+        for (long j = 0; j < cols; j += 4)
+            for (long i = top; i < top + 16 && i < rows; i += 4) {
+                const float *p = a + i * a_stride + j;
+                float *q = b + j * b_stride + i;
+#ifdef __SSE__
+                if (i + 4 <= rows && j + 4 <= cols) {
+                    __m128 r[4];
+                    for (int k = 0; k < 4; k++) r[k] = _mm_loadu_ps(p + k * a_stride);
+                    _MM_TRANSPOSE4_PS(r[0], r[1], r[2], r[3]);
+                    for (int k = 0; k < 4; k++) _mm_storeu_ps(q + k * b_stride, r[k]);
+                } else
 #endif
+                for (long m = 0; m < 4 && i + m < rows; m++)
+                    for (long n = 0; n < 4 && j + n < cols; n++) q[n * b_stride + m] = p[m * a_stride + n];
             }
-        }
 }
-
-// Rows of the batch [batch][stride] to and from one tile [cols][LANES]; lanes past the batch are zero.
-static void pack(const float *src, long stride, int batch, int tile, int cols, float *dst) {
-    const int n = batch - tile * LANES < LANES ? batch - tile * LANES : LANES;
-    src += (long)tile * LANES * stride;
-    for (int i = 0; i < LANES; i += 16)
-        for (int c = 0; c < cols; c += 16)
-            if (i + 16 <= n && c + 16 <= cols) transpose(src + i * stride + c, stride, dst + c * LANES + i, LANES);
-            else for (int m = i; m < i + 16; m++)
-                for (int k = c; k < c + 16 && k < cols; k++) dst[k * LANES + m] = m < n ? src[m * stride + k] : 0;
-}
-static void unpack(const float *src, long stride, int batch, int tile, int cols, float *dst) {
-    const int n = batch - tile * LANES < LANES ? batch - tile * LANES : LANES;
-    dst += (long)tile * LANES * stride;
-    for (int i = 0; i < n; i += 16)
-        for (int c = 0; c < cols; c += 16)
-            if (i + 16 <= n && c + 16 <= cols) transpose(src + c * LANES + i, LANES, dst + i * stride + c, stride);
-            else for (int m = i; m < i + 16 && m < n; m++)
-                for (int k = c; k < c + 16 && k < cols; k++) dst[m * stride + k] = src[k * LANES + m];
-}
-
-typedef struct {
-    const layer *l;
-    int64_t depth, width;  // width: outputs of all layers
-} net;
-typedef struct {  // a pass of networks over the same inputs, a and b [batch][...] side by side; ReLU between the layers
-    const net *nets;
-    const float *const *flat, *const *dout;  // of each net
-    float *const *grad, *const *out;
-    int32_t count, width, batch, tiles, a_cols, b_cols, record, weights;
-    int64_t a_stride, b_stride;
-    const float *a, *b;
-    float *acts, *da, *db;     // acts [tile][inputs, then the outputs of each layer of each net][LANES]; da, db [net]
-    int32_t first, chunk, at;  // backward is at net `at`, at `chunk` tiles from `first` on: scratch has room for them
-} call;
-typedef void task(const call *c, int part, int parts);
-static struct { float *memory; size_t size; } scratch;
-
-static void forward(const call *c, int part, int parts) {
-    const int cols = c->a_cols + c->b_cols;
-    for (int t = c->tiles * part / parts; t < c->tiles * (part + 1) / parts; t++) {
-        float *input = (c->record ? c->acts : scratch.memory) + (long)(c->record ? t : part) * c->width * LANES;
-        float *y = input + cols * LANES;
-        pack(c->a, c->a_stride, c->batch, t, c->a_cols, input);
-        pack(c->b, c->b_stride, c->batch, t, c->b_cols, input + c->a_cols * LANES);
-        for (int i = 0; i < c->count; i++) {
-            const layer *last = c->nets[i].l + c->nets[i].depth - 1;
-            const float *x = input;
-            for (const layer *l = c->nets[i].l; l <= last; l++) {
-                gather(0, l, c->flat[i], 0, l->rows, x, y, l < last, 0);
-                x = y, y += l->rows * LANES;
-            }
-            unpack(x, last->rows, c->batch, t, last->rows, c->out[i]);
-        }
-    }
-}
-static void values_by_column(const call *c, int part, int parts) {
-    const net *n = c->nets + c->at;
-    for (const layer *l = n->l + !(c->da || c->db); l < n->l + n->depth; l++)
-        for (long k = (long)l->rows * l->kept * part / parts; k < (long)l->rows * l->kept * (part + 1) / parts; k++)
-            l->tval[k] = c->flat[c->at][l->start + l->tpos[k]];
-}
-// Gradients of a layer's outputs stand in scratch [tile of the chunk][as in acts, of one net][LANES].
-static void backward_inputs(const call *c, int part, int parts) {
-    const net *n = c->nets + c->at;
-    const layer *last = n->l + n->depth - 1;
-    const int cols = c->a_cols + c->b_cols;
-    long at = cols;
-    for (int i = 0; i < c->at; i++) at += c->nets[i].width;
-    for (int t = c->chunk * part / parts; t < c->chunk * (part + 1) / parts; t++) {
-        const float *y = c->acts + ((long)(c->first + t) * c->width + at + n->width - last->rows) * LANES;
-        float *d = scratch.memory + ((long)t * (cols + n->width) + cols + n->width - last->rows) * LANES;
-        pack(c->dout[c->at], last->rows, c->batch, c->first + t, last->rows, d);
-        for (const layer *l = last; l > n->l; l--) {
-            y -= l->cols * LANES, d -= l->cols * LANES;
-            gather(1, l, 0, 0, l->cols, d + l->cols * LANES, d, 0, y);
-        }
-        float *dx = d - cols * LANES;
-        if (c->da) {
-            gather(1, n->l, 0, 0, c->a_cols, d, dx, 0, 0);
-            unpack(dx, c->a_cols, c->batch, c->first + t, c->a_cols, c->da + (long)c->at * c->batch * c->a_cols);
-        }
-        if (c->db) {
-            gather(1, n->l, 0, c->a_cols, c->b_cols, d, dx, 0, 0);
-            unpack(dx, c->b_cols, c->batch, c->first + t, c->b_cols, c->db + (long)c->at * c->batch * c->b_cols);
-        }
-    }
-}
-// A thread takes a share of each layer's rows, never of the batch: bits don't depend on the number of threads.
-static void backward_weights(const call *c, int part, int parts) {
-    const net *n = c->nets + c->at;
-    const int cols = c->a_cols + c->b_cols;
-    const float *input = c->acts + (long)c->first * c->width * LANES, *x = input, *dy = scratch.memory + cols * LANES;
-    const float *y = input + cols * LANES;
-    for (int i = 0; i < c->at; i++) y += c->nets[i].width * LANES;
-    for (const layer *l = n->l; l < n->l + n->depth; l++) {
-        const int from = l->rows * part / parts, to = l->rows * (part + 1) / parts;
-        const long dy_width = cols + n->width;
-        float *dval = c->grad[c->at] + l->start;
-        if (!c->first) {
-            memset(dval + (long)from * l->kept, 0, (long)(to - from) * l->kept * sizeof(float));
-            memset(dval + (long)l->rows * l->kept + from, 0, (to - from) * sizeof(float));
-        }
-        for (int t = 0; t < c->chunk; t += c->chunk - t < TILES ? 1 : TILES)
-            for (int r = from; r < to; r += 256) {
-                const int end = r + 256 < to ? r + 256 : to;
-                const float *dt = dy + t * dy_width * LANES, *xt = x + (long)t * c->width * LANES;
-                if (c->chunk - t < TILES) grad_weight(1, l, dval, r, end, dt, dy_width, xt, c->width);
-                else grad_weight(TILES, l, dval, r, end, dt, dy_width, xt, c->width);
-            }
-        x = y, y += l->rows * LANES, dy += l->rows * LANES;
-    }
-}
-// One observation: plain dot products.
-static void single(const call *c) {
-    for (int i = 0; i < c->count; i++) {
-        const net *n = c->nets + i;
-        float *x = scratch.memory, *y;
-        memcpy(x, c->a, c->a_cols * sizeof(float));
-        if (c->b_cols) memcpy(x + c->a_cols, c->b, c->b_cols * sizeof(float));
-        for (const layer *l = n->l; l < n->l + n->depth; l++, x = y) {
-            const float *bias = c->flat[i] + l->start + l->rows * l->kept;
-            y = l == n->l + n->depth - 1 ? c->out[i] : x + l->cols;
-            for (int r = 0; r < l->rows; r++) {
-                const uint16_t *idx = l->idx + (long)r * l->kept;
-                const float *val = c->flat[i] + l->start + (long)r * l->kept;
-                float s[8] = {bias[r]};
-                int k = 0;
-                for (; k + 7 < l->kept; k += 8)
-                    for (int m = 0; m < 8; m++) s[m] += val[k + m] * x[idx[k + m]];
-                for (; k < l->kept; k++) s[0] += val[k] * x[idx[k]];
-                const float sum = ((s[0] + s[4]) + (s[1] + s[5])) + ((s[2] + s[6]) + (s[3] + s[7]));
-                y[r] = y != c->out[i] && sum <= 0 ? 0 : sum;
-            }
-        }
-    }
-}
-
-// Threads that wait for work: they spin for about as long as a training step takes, then sleep. ticket is
-// serial * 65536 + threads wanted.
-static struct {
-    pthread_mutex_t busy, lock; pthread_cond_t wake; atomic_ullong ticket; atomic_int ready, done; int wanted;
-    task *run; const call *c;
-} pool = {PTHREAD_MUTEX_INITIALIZER, PTHREAD_MUTEX_INITIALIZER, PTHREAD_COND_INITIALIZER, 0, 1, 0, 1, 0, 0};
-static void *worker(void *number) {
-    unsigned long long seen = pool.ticket;
-    pool.ready++;
-    for (int spins = 0;; spins++) {
-        if (spins > 40000) {
-            pthread_mutex_lock(&pool.lock);
-            while (pool.ticket == seen) pthread_cond_wait(&pool.wake, &pool.lock);
-            pthread_mutex_unlock(&pool.lock);
-        }
-        const unsigned long long now = pool.ticket;
-        if (now == seen) { PAUSE; continue; }
-        seen = now, spins = 0;
-        if ((intptr_t)number < (int)(now & 65535)) pool.run(pool.c, (intptr_t)number, now & 65535), pool.done++;
-    }
-    return 0;
-}
-static void split(task *run, const call *c) {
-    if (pool.wanted == 1) { run(c, 0, 1); return; }
-    pool.run = run, pool.c = c, pool.done = 0;
-    pthread_mutex_lock(&pool.lock);
-    pool.ticket = ((pool.ticket >> 16) + 1) << 16 | pool.wanted;
-    pthread_cond_broadcast(&pool.wake);
-    pthread_mutex_unlock(&pool.lock);
-    run(c, 0, pool.wanted);
-    for (int spins = 0; pool.done < pool.wanted - 1; spins++) if (spins > 20000) sched_yield();
-}
-static void forked(void) {  // a child process has none of the threads, and nobody who would unlock
-    pthread_mutex_init(&pool.busy, 0), pthread_mutex_init(&pool.lock, 0), pthread_cond_init(&pool.wake, 0);
-    pool.ready = pool.wanted = 1;
-    scratch.memory = 0;
-    scratch.size = 0;
-}
-__attribute__((constructor)) static void loaded(void) { pthread_atfork(0, 0, forked); }
-void nm_threads(int wanted) {
-    pthread_t thread;
-    pthread_mutex_lock(&pool.busy);
-    for (int made = pool.ready; made < wanted; made++) {
-        if (pthread_create(&thread, 0, worker, (void *)(intptr_t)made)) break;
-        while (pool.ready == made) sched_yield();
-    }
-    pool.wanted = wanted < pool.ready ? wanted : pool.ready;
-    pthread_mutex_unlock(&pool.busy);
+static long pack(const call *c, long at, long cols, float *tile) {  // returns the observations in the tile from `at` on
+    const long n = c->batch - at < LANES ? c->batch - at : LANES;
+    if (n < LANES) memset(tile, 0, cols * LANES * sizeof(float));  // else what is there would be in grad-weight
+    transpose(c->x + at * c->stride, c->stride, n, cols, tile, LANES);
+    return n;
 }
 int nm_lanes(void) { return LANES; }
-static int reserve(size_t tiles, size_t width) {
-    const size_t size = tiles * width * LANES * sizeof(float);
-    if (size <= scratch.size) return 1;
-    free(scratch.memory);
-    scratch.memory = aligned_alloc(LANES * sizeof(float), size), scratch.size = scratch.memory ? size : 0;
-    return scratch.size > 0;
-}
-int nm_forward(const call *c) {  // returns 0 if there is no memory
-    pthread_mutex_lock(&pool.busy);
-    const int single_path = c->batch == 1 && !c->record, done = c->record || reserve(pool.wanted, c->width);
-    if (done && single_path) single(c);
-    else if (done) split(forward, c);
-    pthread_mutex_unlock(&pool.busy);
-    return done;
-}
-int nm_backward(call *c) {
-    int chunk, done = 1;
-    pthread_mutex_lock(&pool.busy);
-    chunk = pool.wanted * TILES;
-    for (c->at = 0; c->at < c->count && (done = reserve(chunk, c->width)); c->at++) {
-        split(values_by_column, c);
-        for (c->first = 0; c->first < c->tiles; c->first += chunk) {
-            c->chunk = c->tiles - c->first < chunk ? c->tiles - c->first : chunk;
-            split(backward_inputs, c);
-            if (c->weights) split(backward_weights, c);
+void nm_forward(const call *c) {
+    for (long at = 0; at < c->batch; at += LANES) {
+        long width = c->layers->m->by_col.rows;
+        float *x = c->acts + (c->keep ? at * c->width : 0), *y = x + width * LANES;
+        const long n = pack(c, at, width, x);
+        for (const layer *l = c->layers; l < c->layers + c->depth; l++, x = y, y += width * LANES) {
+            width = l->m->by_row.rows;
+            product(l->m->by_row, l->val, l->bias, x, y, l->relu ? y : 0, !c->keep && n <= W);
         }
+        transpose(x, LANES, width, n, c->y + at * width, width);
     }
-    pthread_mutex_unlock(&pool.busy);
-    return done;
 }
-
-// Fill ends[which] from idx; for BACK also tidx and tpos, by counting sort.
-void nm_index(const layer *l, int which) {
-    const int block = l->block[which], n = l->rows * l->kept;
-    int32_t *start = (int32_t *)l->ends[which], *stop = start + l->blocks[which] * (which == BACK ? l->cols : l->rows);
-    if (which != BACK) {
-        for (int r = 0; r < l->rows; r++)
-            for (int j = 0, k = r * l->kept; j < l->blocks[which]; j++) {
-                start[j * l->rows + r] = k;
-                while (k < (r + 1) * l->kept && l->idx[k] < (j + 1) * block) k++;
-                stop[j * l->rows + r] = k;
-            }
-        return;
+void nm_backward(const call *c) {
+    const layer *first = c->layers, *last = first + c->depth - 1;
+    const long rows = last->m->by_row.rows, cols = first->m->by_col.rows;
+    float *end = c->scratch + 2 * c->widest * LANES;
+    for (const layer *l = first + !c->y; l <= last; l++)
+        for (long k = 0; k < l->m->count; k++) *end++ = l->val[l->m->place[k]];
+    for (const layer *l = first; l <= last && last->dbias; l++) {
+        memset(l->dval, 0, l->m->count * sizeof(float));
+        memset(l->dbias, 0, l->m->by_row.rows * sizeof(float));
     }
-    for (int j = 0, at = 0; j < l->blocks[BACK]; j++, start += l->cols, stop += l->cols) {
-        const int from = j * block * l->kept, to = from + block * l->kept < n ? from + block * l->kept : n;
-        memset(stop, 0, l->cols * sizeof(int32_t));
-        for (int k = from; k < to; k++) stop[l->idx[k]]++;
-        for (int c = 0; c < l->cols; c++) start[c] = at, at += stop[c], stop[c] = start[c];
-        for (int k = from; k < to; k++) {
-            const int at = stop[l->idx[k]]++;
-            ((uint16_t *)l->tidx)[at] = k / l->kept, ((int32_t *)l->tpos)[at] = k;
+    for (long at = (c->batch + LANES - 1) / LANES * LANES - LANES; at >= 0; at -= LANES) {  // the last is in the caches
+        float *d = c->scratch, *dx = d + c->widest * LANES, *old, *val = end, *x;
+        float *y = c->acts + (at + LANES) * c->width - rows * LANES;
+        const long n = pack(c, at, rows, d);
+        for (long i = 0; last->relu && i < rows; i++)
+            for (int v = 0; v < V; v++) ((vec *)d)[i * V + v] = positive(AT(d, i)[v], AT(y, i)[v]);
+        for (const layer *l = last; l >= first; l--, y = x, old = d, d = dx, dx = old) {
+            x = y - l->m->by_col.rows * LANES;
+            if (l->dbias) grad_weight(l->m->by_row, d, x, l->dval, l->dbias);
+            if (l == first && !c->y) break;
+            val -= l->m->count;
+            product(l->m->by_col, val, 0, d, dx, l > first && l[-1].relu ? x : 0, 0);
         }
+        if (c->y) transpose(d, LANES, cols, n, c->y + at * cols, cols);
     }
 }
 """
 
 
-def structure(name: str, **fields) -> type[ctypes.Structure]:
-    kinds = {"i": ctypes.c_int32, "l": ctypes.c_int64, "p": ctypes.c_void_p}
-    return type(name, (ctypes.Structure,), {"_fields_": [(key, kinds.get(kind, kind)) for key, kind in fields.items()]})
+class Index:
+    """Where the active weights of a mask E [out, in] are, by row and by column."""
 
-
-THREE = ctypes.c_int32 * 3
-Layer = structure("Layer", rows="i", cols="i", kept="i", start="i", blocks=THREE, block=THREE, ends=ctypes.c_void_p * 3,
-                  idx="p", tidx="p", tpos="p", tval="p")  # fmt: skip
-Net = structure("Net", l="p", depth="l", width="l")
-Call = structure("Call", nets="p", flat="p", dout="p", grad="p", out="p", count="i", width="i", batch="i", tiles="i",
-                 a_cols="i", b_cols="i", record="i", weights="i", a_stride="l", b_stride="l", a="p", b="p", acts="p",
-                 da="p", db="p", first="i", chunk="i", at="i")  # fmt: skip
-
-
-class Plan:
-    """Networks on the same inputs as the kernels see them, with each index by columns too; made anew for new masks."""
-
-    def __init__(self, nets: list[nn.Module]):
-        self.lib, self.memory, self.free, self.networks = load_kernels(), [], [], nets
-        self.lanes, self.state = self.lib.nm_lanes(), index_state(nets)
-        self.indices = [layer.index for net in nets for layer in net.children()]  # held, so that their ids are theirs
-        networks = [list(net.children()) for net in nets]
-        for layers in networks:
-            widths = [layers[0].W.shape[1], *(layer.W.shape[0] for layer in layers)]
-            chain = [layer.W.shape[1] for layer in layers] == widths[:-1] and widths[0] == networks[0][0].W.shape[1]
-            if not chain or max(widths) > 65_536:
-                raise ValueError("the N:M kernels need chains of layers up to 65,536 wide: use --kernel torch")
-            if any(layer.flat is not layers[0].flat for layer in layers):
-                raise ValueError("layers of a network must share one flat parameter: load a state without assign=True")
-        self.layers = [self.make_layers(layers) for layers in networks]
-        sizes = [(ctypes.addressof(x), len(x), sum(layer.rows for layer in x)) for x in self.layers]
-        self.nets, self.cols = (Net * len(sizes))(*sizes), self.layers[0][0].cols
-        self.width = self.cols + sum(width for *_, width in sizes)
-        self.sizes = [layers[-1].start + layers[-1].rows * (layers[-1].kept + 1) for layers in self.layers]
+    def __init__(self, E: torch.Tensor):
+        self.E, (self.rows, self.cols) = E, E.shape
+        row, col = E.nonzero(as_tuple=True)
+        self.nnz = len(row)
+        shift = 7 if 32 * self.nnz > E.numel() else 8  # blocks of 128 or 256: what they need fits the L1 cache
+        blocks, row_blocks = (self.cols - 1 >> shift) + 1, (self.rows - 1 >> shift) + 1
+        by_row, by_col = row * blocks + (col >> shift), (row >> shift) * self.cols + col
+        order = by_col.argsort(stable=True)
+        counts = by_row.bincount(minlength=self.rows * blocks), by_col.bincount(minlength=row_blocks * self.cols)
+        ends = [F.pad(count.cumsum(0, dtype=torch.int32), (1, 0)) for count in counts]
+        columns = col.to(torch.uint16), row[order].to(torch.uint16)
+        self.tensors = ends[0], columns[0], ends[1], columns[1], order.to(torch.int32)
+        p = [tensor.data_ptr() for tensor in self.tensors]
+        steps = (self.rows, blocks, blocks, 1), (self.cols, row_blocks, 1, self.cols)
+        self.fields = array("q", [*steps[0], *p[:2], *steps[1], *p[2:], self.nnz])
+        self.address = self.fields.buffer_info()[0]
 
     def __reduce__(self):
-        return type(None), ()  # addresses are those of the original: a copied or loaded network makes its own plan
-
-    def make_layers(self, modules: list[nn.Module]) -> ctypes.Array:
-        layers = (Layer * len(modules))()
-        for layer, module in zip(layers, modules, strict=True):
-            (layer.rows, layer.kept), layer.cols, layer.start = module.index.shape, module.W.shape[1], module.start
-            count = module.index.numel()
-            layer.idx = self.hold(module.index.to(torch.uint16).contiguous())
-            layer.tidx = self.hold(torch.empty(count, dtype=torch.uint16))
-            layer.tpos, layer.tval = (self.hold(torch.empty(count, dtype=kind)) for kind in (torch.int32, torch.float))
-            blocks = (layer.cols, 128), (layer.rows, 128), (layer.cols, max(64, 8 * layer.cols // layer.kept))
-            for which, (length, block) in enumerate(blocks):  # what a block of x takes stays in the L1 cache
-                layer.block[which], layer.blocks[which] = block, -(-length // block)
-                size = 2 * layer.blocks[which] * (layer.rows + layer.cols - length)
-                layer.ends[which] = self.hold(torch.empty(size, dtype=torch.int32))
-                self.lib.nm_index(ctypes.byref(layer), which)
-        return layers
-
-    def hold(self, tensor: torch.Tensor) -> int:
-        self.memory.append(tensor)
-        return tensor.data_ptr()
-
-    def call(self, inputs, flats, douts=(), grads=(), outs=(), record=False, acts=None, dx=(None, None)) -> Call:
-        pointers = [tensor.data_ptr() for tensors in (flats, douts, grads, outs) for tensor in tensors]
-        pointers = (ctypes.c_void_p * len(pointers))(*pointers)
-        flat, size = ctypes.addressof(pointers), 8 * len(flats)
-        dout = flat + size  # forward: no douts and grads, so that outs stand here
-        (batch, a_cols), a_stride, a = inputs[0].shape, inputs[0].stride(0), inputs[0].data_ptr()
-        b_cols, b_stride, b = 0, 0, None
-        if len(inputs) == 2:
-            b_cols, b_stride, b = inputs[1].shape[1], inputs[1].stride(0), inputs[1].data_ptr()
-        call = Call(ctypes.addressof(self.nets), flat, dout, dout + size, dout, len(flats), self.width, batch,
-                    -(-batch // self.lanes), a_cols, b_cols, record, bool(grads), a_stride, b_stride, a, b, acts,
-                    *dx)  # fmt: skip
-        call.pointers = pointers  # live as long as the call
-        return call
-
-    def run(self, entry, *args, **options) -> None:
-        if not entry(ctypes.byref(self.call(*args, **options))):
-            raise MemoryError("no memory for the N:M kernels")
-
-    def forward(self, inputs, flats, lease=None) -> list[torch.Tensor]:
-        outs = [torch.empty(len(inputs[0]), layers[-1].rows, dtype=torch.float32) for layers in self.layers]
-        self.run(self.lib.nm_forward, inputs, flats, outs=outs, record=lease is not None, acts=lease and lease.address)
-        return outs
+        return Index, (self.E,)  # a copy has addresses of its own
 
 
-class Lease:
-    """Memory for the activations of a forward pass: its own until its graph is gone, then that of a later pass."""
-
-    def __init__(self, free: list[torch.Tensor], size: int):
-        self.free, self.memory = free, None
-        with contextlib.suppress(IndexError):
-            self.memory = free.pop()
-        if self.memory is None or self.memory.numel() != size:
-            self.memory = torch.empty(size, dtype=torch.float32)
-        self.address = self.memory.data_ptr()
-
-    def __del__(self):
-        self.free.append(self.memory)
+Layers = tuple[tuple[Index, bool], ...]  # a chain: where the active weights of each layer are, whether ReLU follows
 
 
-class KernelMLP(torch.autograd.Function):
+@lru_cache(64)
+def sizes(chain: Layers) -> tuple[int, int, int, int, int]:
+    """Of x, of y, of x and all outputs, the largest of these; the number of active weights."""
+    widths = [chain[0][0].cols, *(index.rows for index, _ in chain)]
+    return widths[0], widths[-1], sum(widths), max(widths), sum(index.nnz for index, _ in chain)
+
+
+def call(entry, chain: Layers, params, grads, numbers: tuple, *tensors) -> None:
+    fields = [len(chain), *numbers, *(0 if tensor is None else tensor.data_ptr() for tensor in tensors)]
+    pointers = [tensor.data_ptr() for tensor in params]
+    gradients = [tensor.data_ptr() for tensor in grads] if grads else [0] * len(params)
+    for i, (index, relu) in enumerate(chain):
+        fields += index.address, relu, *pointers[2 * i : 2 * i + 2], *gradients[2 * i : 2 * i + 2]
+    entry(array("q", fields).tobytes())
+
+
+def chain_forward(chain: Layers, x: torch.Tensor, params, keep: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """x [B, in] -> (y [B, out], the activations if `keep`).
+
+    params: weights (packed [nnz]; with a full mask [out, in] will do), bias, weights, ...; contiguous float32 on the
+    CPU, as is x. Nothing is checked here.
+    """
+    _, rows, width, _, _ = sizes(tuple(chain))
+    x, batch, lanes = x if x.stride(1) == 1 else x.contiguous(), len(x), load_kernels().nm_lanes()
+    acts = x.new_empty((-(-batch // lanes) if keep else 1) * width * lanes)
+    y = x.new_empty(batch, rows)
+    call(load_kernels().nm_forward, chain, params, None, (batch, x.stride(0), width, 0, keep), x, y, acts, None)
+    return y, acts if keep else None
+
+
+def chain_backward(chain: Layers, params, acts: torch.Tensor, dy: torch.Tensor, need_dx: bool, need_grads: bool):
+    """dy [B, out] -> (dx or None, gradients of params or None)."""
+    (cols, rows, width, widest, nnz), dy = sizes(tuple(chain)), dy.contiguous()
+    scratch = dy.new_empty(2 * widest * load_kernels().nm_lanes() + nnz)
+    dx = dy.new_empty(len(dy), cols) if need_dx else None
+    grads = [torch.empty_like(tensor) for tensor in params] if need_grads else None
+    numbers = len(dy), rows, width, widest, True
+    call(load_kernels().nm_backward, chain, params, grads, numbers, dy, dx, acts, scratch)
+    return dx, grads
+
+
+class Chain(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, plan: Plan, *tensors: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        inputs, flats = tensors[: -len(plan.layers)], tensors[-len(plan.layers) :]
-        lanes = plan.lanes
-        ctx.plan, ctx.lease = plan, Lease(plan.free, -(-len(inputs[0]) // lanes) * lanes * plan.width)
-        ctx.inputs = inputs
-        ctx.save_for_backward(*flats)  # changed in place before backward: torch raises
-        return tuple(plan.forward(inputs, flats, ctx.lease))
+    def forward(ctx, chain: Layers, x: torch.Tensor, *params: torch.Tensor) -> torch.Tensor:
+        ctx.chain, (y, ctx.acts) = chain, chain_forward(chain, x, params, any(ctx.needs_input_grad))
+        ctx.save_for_backward(*params)  # changed in place before backward: torch raises
+        return y
 
     @staticmethod
-    def backward(ctx, *douts: torch.Tensor):
-        plan, inputs, flats, needed = ctx.plan, ctx.inputs, ctx.saved_tensors, ctx.needs_input_grad[1:]
+    def backward(ctx, dy: torch.Tensor):
         if torch.is_grad_enabled():
-            raise RuntimeError("the N:M kernels have no second derivative: use --kernel torch")
-        if plan.state != index_state(plan.networks):
-            raise RuntimeError("a mask was modified by an inplace operation between forward and backward")
-        empty = torch.empty if len(inputs[0]) else torch.zeros  # the kernels fill them, tile by tile
-        dx = [empty(len(flats), *x.shape, dtype=x.dtype) if n else None for x, n in zip(inputs, needed, strict=False)]
-        grads = [empty(len(flat), dtype=flat.dtype) for flat in flats] if any(needed[len(inputs) :]) else ()
-        pointers = [d if d is None else d.data_ptr() for d in (*dx, None)[:2]]
-        douts = [dout.contiguous() for dout in douts]
-        plan.run(plan.lib.nm_backward, inputs, flats, douts, grads, acts=ctx.lease.address, dx=pointers)
-        return None, *(d if d is None else d.sum(0) for d in dx), *(grads or [None] * len(flats))
-
-
-def index_state(nets: list[nn.Module]) -> list[tuple[int, int]]:
-    """Changes whenever the index of an N:M layer does, while a plan holds the old one."""
-    indices = [layer._buffers["index"] for net in nets for layer in net._modules.values()]
-    return [(id(index), index._version) for index in indices]
-
-
-def nm_mlp(nets: list[nn.Module], *inputs: torch.Tensor) -> list[torch.Tensor]:
-    """mlp() by the kernels, a whole pass per call: inputs [B, ...] (float32, on the CPU) -> [B, out] of each."""
-    plans, key = nets[0].plans, tuple(map(id, nets))
-    plan = plans.get(key)
-    if plan is None or plan.state != index_state(nets):
-        if len(plans) == 8:  # networks come and go: don't hold them all
-            plans.clear()
-        plan = plans[key] = Plan(nets)
-    if len(inputs) > 2:
-        inputs = inputs[0], torch.cat(inputs[1:], dim=1)
-    flats = [next(iter(net._modules.values()))._parameters["flat"] for net in nets]
-    batch, widths, fits = len(inputs[0]), 0, True
-    for x in inputs:
-        fits = fits and x.dim() == 2 and len(x) == batch and x.dtype is torch.float32 and not x.is_cuda
-        widths += x.shape[-1]
-    for flat, size in zip(flats, plan.sizes, strict=True):
-        fits = fits and flat.dtype is torch.float32 and len(flat) == size and flat.is_contiguous() and not flat.is_cuda
-    if not fits or widths != plan.cols:
-        shapes = [(tuple(x.shape), x.dtype) for x in inputs]
-        raise ValueError(f"the N:M kernels take float32 [B, {plan.cols}] in all on the CPU, not {shapes}")
-    inputs = [x if x.stride(1) == 1 else x.contiguous() for x in inputs]
-    if torch.is_grad_enabled():
-        return list(KernelMLP.apply(plan, *inputs, *flats))
-    return plan.forward(inputs, flats)
+            raise RuntimeError("the kernels have no second derivative: use --kernel torch")
+        _, need_dx, *needed = ctx.needs_input_grad
+        dx, grads = chain_backward(ctx.chain, ctx.saved_tensors, ctx.acts, dy, need_dx, any(needed))
+        return None, dx, *(grads or [None] * len(needed))
 
 
 @cache
 def load_kernels(source: str = KERNELS) -> ctypes.CDLL:
-    """Compile `source` with the system's C compiler, or take what was compiled before. Raises OSError.
-
-    The file's name is a hash of source, flags and what the compiler says of itself and of this CPU. It is written
-    elsewhere and moved into place, so that many processes may do so at once and a killed one leaves nothing half done.
-    """
-    import hashlib
-    import shlex
-    import tempfile
-
+    """Compile `source` with the system's C compiler, or take what was compiled before. Raises OSError."""
     compiler = shlex.split(os.environ.get("CC") or "cc")
     for native in ("-march=native", "-mcpu=native", "-O3"):
         probe = subprocess.run([*compiler, native, "-dM", "-E", "-x", "c", os.devnull], capture_output=True)
         if probe.returncode == 0:
             break
-    flags = ["-O3", native, "-shared", "-fPIC", "-pthread"]
-    key = hashlib.sha256(repr((source, compiler, flags, probe.stdout)).encode()).hexdigest()[:24]
+    width = 16 if b"__AVX512F__ " in probe.stdout else 8 if b"__AVX__ " in probe.stdout else 4
+    command = [*compiler, "-O3", native, f"-DW={width}", "-shared", "-fPIC", "-x", "c", "-", "-o"]
+    key = hashlib.sha256(repr((source, command, probe.stdout)).encode()).hexdigest()[:24]
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     path = Path(os.devnull if home.startswith("~") else home, "nm-sparse-rl", f"{key}.so")  # no home: nothing is kept
     with contextlib.suppress(OSError):
         return ctypes.CDLL(str(path))
     with tempfile.TemporaryDirectory() as scratch:
-        built = Path(scratch) / "kernels.so"
-        command = [*compiler, *flags, "-x", "c", "-", "-o", built]
-        run = subprocess.run(command, input=source.encode(), capture_output=True)
+        built = Path(scratch, "kernels.so")
+        run = subprocess.run([*command, built], input=source.encode(), capture_output=True)
         if run.returncode:
             raise OSError(f"{compiler[0]} failed: {run.stderr.decode().strip().partition(chr(10))[0]}")
         with contextlib.suppress(OSError):  # a cache that can't be written: compile at each start
             path.parent.mkdir(parents=True, exist_ok=True)
-            own = path.with_name(f"{key}-{os.getpid()}.so")  # so that nobody else writes it
-            with open(own, "wb") as file:
-                file.write(built.read_bytes())
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(own, path)
+            # whole when it gets its name: many processes may do so at once, and be killed while they do
+            os.replace(shutil.copy(built, path.with_suffix(f".{os.getpid()}")), path)
         return ctypes.CDLL(str(built))
 
 
 # --- end shared ---
 
 
-def pick_kernel(args: Args) -> str:
-    """What --kernel means here: "nm" or "torch". auto: nm on a CPU with a C compiler, if n < m and if it is faster."""
+class FusedLinear(NMLinear):
+    """NMLinear on the kernels."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y, taken = run_chain([self], x)
+        return y if taken else super().forward(x)
+
+
+class FusedSequential(nn.Sequential):
+    """nn.Sequential in which each run of NMLinear and NMLinear + nn.ReLU is one call of the kernels."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        modules = list(self._modules.values())
+        while modules:
+            y, taken = run_chain(modules, x)
+            x, modules = (y, modules[taken:]) if taken else (modules[0](x), modules[1:])
+        return x
+
+
+def run_chain(modules: list[nn.Module], x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """As many of the first modules as the kernels know, on x; returns y and how many (0: the next one is torch's).
+
+    A dense head rides along in a chain: torch needs longer to call it than the kernels to compute it.
+    """
+    chain, params, at, width = (), [], 0, x.shape[-1]
+    while at < len(modules):
+        layer, sparse = modules[at], is_plain(modules[at], FusedLinear)
+        if not sparse and not (chain and is_plain(layer, nn.Linear) and layer.out_features <= 32):
+            break
+        weights, bias = layer._parameters["active_weights" if sparse else "weight"], layer._parameters["bias"]
+        positions = layer._buffers["positions"] if sparse else weights
+        stamp = id(positions), positions._version if sparse else 0
+        if layer.__dict__.get("stamp") != stamp:
+            layer.stamp = stamp
+            layer.index = Index(layer.E if sparse else torch.ones_like(weights, dtype=torch.bool))
+        index, known = layer.index, weights.dtype is torch.float32 and not weights.is_cuda and bias is not None
+        if index.cols != width or not known or weights.numel() != index.nnz or max(width, index.rows) > 65_536:
+            break
+        relu = at + 1 < len(modules) and is_plain(modules[at + 1], nn.ReLU)
+        chain += ((index, relu),)
+        params += weights, bias
+        at, width = at + 1 + relu, index.rows
+    if not chain or x.dim() != 2 or x.dtype is not torch.float32 or x.is_cuda:
+        return x, 0
+    if torch.is_grad_enabled():
+        return Chain.apply(chain, x, *params), at
+    return chain_forward(chain, x, params, keep=False)[0], at
+
+
+def is_plain(module: nn.Module, kind: type) -> bool:
+    """Exactly of this type, without hooks or a forward of its own."""
+    own = module.__dict__  # quicker than attributes
+    hooked = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
+    return type(module) is kind and not hooked and "forward" not in own
+
+
+def fuse(net: nn.Module) -> None:
+    """Let the kernels run what they know of a network. An NMLinear.forward that was edited they do not know."""
+    known, forward = (lambda self, x: F.linear(x, self.weight, self.bias)).__code__, NMLinear.forward.__code__
+    fused = {nn.Sequential: FusedSequential}
+    if (known.co_code, known.co_names) == (forward.co_code, forward.co_names):
+        fused[NMLinear] = FusedLinear
+    for module in net.modules():
+        module.__class__ = fused.get(type(module), type(module))
+
+
+def use_kernel(args: Args, agent: Agent, env: gym.Env) -> str:
+    """Make --kernel true for all networks; returns "nm" or "torch". auto: nm on a CPU with a C compiler if n < m.
+
+    Each network's outputs and gradients on a random batch are compared with torch's: UserError if they differ.
+    """
     if args.kernel == "torch" or args.device != "cpu" or (args.kernel == "auto" and args.n == args.m):
         return "torch"
     try:
-        library = load_kernels()
-        if args.kernel == "auto" and library.nm_lanes() < 32 and 4 * args.n > args.m:
-            return "torch"  # without AVX 2:4 was slower than dense, 1:4 1.3 times as fast
-        library.nm_threads(args.threads)
-        torch.set_num_threads(1)  # the rest is small, and torch's waiting threads would take the kernels' cores
-        return "nm"
+        if load_kernels().nm_lanes() < 32 and 4 * args.n > args.m and args.kernel == "auto":
+            return "torch"  # without AVX 2:4 is slower than dense
     except (OSError, ValueError) as error:  # ValueError: an unclosed quote in CC
         if args.kernel == "nm":
             raise UserError(f"--kernel nm: {first_line(error)}") from None
-        warn_once(f"going on with --kernel torch, several times slower: {first_line(error)}")
+        print(f"warning: going on with --kernel torch, several times slower: {first_line(error)}", file=sys.stderr)
         return "torch"
-
-
-@cache
-def warn_once(message: str) -> None:
-    print(f"warning: {message}", file=sys.stderr)
+    state, generator = torch.get_rng_state(), torch.Generator().manual_seed(0)
+    spaces = env.observation_space, env.action_space
+    batch = [torch.randn(args.batch_size, space.shape[0], generator=generator) for space in spaces]
+    for net in agent.networks:
+        plain, results = copy.deepcopy(net.online), []
+        fuse(net.online)
+        fuse(net.target)
+        for module in (net.online, plain):
+            torch.manual_seed(0)  # for dropout and the like
+            y = module(*batch[: 1 if net.name == "actor" else 2])
+            grads = torch.autograd.grad(y.square().sum(), list(module.parameters()), materialize_grads=True)
+            results.append([y.detach(), *grads])
+        if not all((a - b).norm() <= 0.01 * b.norm() + 1e-6 for a, b in zip(*results, strict=True)):
+            raise UserError(f"--kernel nm does not compute what {net.name} does in torch: use --kernel torch")
+    torch.set_rng_state(state)
+    return "nm"
 
 
 # --- end kernels ---

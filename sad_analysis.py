@@ -1,25 +1,26 @@
 """What the masks of RNM-TD3 did during training, and what it had to do with the return: figures and tables from runs.
 
-Reads the folders that rnm_td3_continuous.py and dense_td3_continuous.py leave behind; needs no account:
+Reads the folders that rnm_td3_continuous.py, dense_td3_continuous.py and their forks leave behind; needs no account:
   python sad_analysis.py runs/                       run folders, folders of them, or globs -> analysis/
   python sad_analysis.py --wandb-entity E --wandb-project-name P      the same for runs in the cloud
 
   SAD_{i:j} = |E_i - E_j|_0, Sparse Architecture Divergence (arXiv 2102.04010)              -> sad_metrics, pairwise_sad
-  settled SAD: from the mask a tenth of training (or the longest K) before the end to the final one -> settled_sad
-  settled: from when on the mask stays within 10 % of the final one                         -> settled_step
-  correlation of settled SAD and score: of ranks within configurations, pooled             -> correlation
+  settled SAD: from the mask a tenth of training (or the longest K) before the last to the last -> settled_sad
+  settled step: from there on the mask stays within 10 % of the final one                   -> settled_step
+  correlation of settled SAD and score: of ranks within configurations, pooled              -> correlation
   IQM, stratified bootstrap, probability of improvement (Agarwal et al., arXiv 2108.13264)  -> iqm, interval, better
-Only finished runs count, and they are compared only if environment, steps, physics and hyper-parameters agree.
+
+Only finished runs count. They are compared if environment, steps, physics and TD3's hyper-parameters agree. They are
+seeds of one configuration if pattern, all other arguments, script, exp_name and code agree too: a fork is never pooled
+with the original.
 """
 
 import glob
-import io
 import itertools
 import json
 import math
 import os
 import re
-import shutil
 import statistics
 import sys
 import tempfile
@@ -33,7 +34,7 @@ import scipy.stats
 import torch
 import torch.nn.functional as F
 import tyro
-from matplotlib import colormaps
+from matplotlib import colormaps, rc
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from tqdm import tqdm
@@ -42,9 +43,9 @@ from tqdm import tqdm
 @dataclass
 class Args:
     runs: tyro.conf.Positional[tuple[str, ...]] = ()
-    """run folders, folders that hold runs, or globs of them"""
+    """run folders, folders that hold runs at any depth, or globs of them"""
     out: str = "analysis"
-    """folder for figures and tables"""
+    """folder for figures and tables; is made if need be, files of the same names are replaced"""
     wandb_entity: str | None = None
     """user or team whose runs in Weights & Biases to read (with --wandb-project-name), and to write to"""
     wandb_project_name: str | None = None
@@ -52,17 +53,15 @@ class Args:
     resamples: int = 2000
     """bootstrap resamples for each interval, >= 100"""
     thin: str | None = None
-    """folder to copy the runs to, thinned: rows of evaluations and of 60 refreshes, 6 masks, no weights"""
+    """new folder to copy the runs to, thinned: rows of evaluations and of 60 refreshes, 6 to 8 masks, no weights"""
+    pool_code: bool = False
+    """pool runs whose script and exp_name agree, whatever their code: for edits that do not change the method"""
     track: bool = True
     """mirror figures and tables to Weights & Biases (offline when not logged in)"""
 
 
 class UserError(Exception):
-    """Something that the user typed or pointed to is wrong: one line, exit code 2."""
-
-
-class BadRun(Exception):
-    """Why a run can't be used."""
+    """Something that the user typed or pointed to is wrong, in a line; of a run: why it can't be used."""
 
 
 # --- shared: projection ---
@@ -82,11 +81,12 @@ def sad_metrics(first: dict, previous: dict, current: dict) -> dict[str, float]:
     """SAD_{i:j} = |E_i - E_j|_0 (Zhou et al., SR-STE) over twice the active weights; masks by '<net>.<layer>'."""
     row = {}
     for key, reference in (("sad", previous), ("sad_initial", first)):
-        for net in ("actor", "qf1", "qf2"):
-            count = {name: int((E != reference[name]).sum()) for name, E in current.items() if name.startswith(net)}
-            active = {name: int(current[name].sum()) for name in count}
+        for net in dict.fromkeys(name.split(".")[0] for name in current):
+            layers = [name for name in current if name.split(".")[0] == net]
+            count = {name: int((current[name] != reference[name]).sum()) for name in layers}
+            active = {name: int(current[name].sum()) for name in layers}
             row[f"{key}/{net}"] = sum(count.values()) / (2 * sum(active.values()))
-            row |= {f"{key}/{name.replace('.', '/')}": count[name] / (2 * active[name]) for name in count}
+            row |= {f"{key}/{name.replace('.', '/')}": count[name] / (2 * active[name]) for name in layers}
             if key == "sad":
                 row[f"sad_count/{net}"] = sum(count.values())
     return row
@@ -105,22 +105,15 @@ def final_score(evaluations: list[list]) -> float:
 # --- end shared ---
 
 
-NETS = ("actor", "qf1", "qf2")  # targets share their masks
-METHOD = ("n", "m", "mask_update_interval", "sparse_head", "hidden_dim")  # what tells configurations apart
-DEFAULTS = {"mask_update_interval": 1000, "sparse_head": False, "hidden_dim": 256}  # not named in a label
-# Of no consequence for the numbers. All other arguments must agree between runs that are compared.
+SCRIPTS = ("dense_td3_continuous.py", "rnm_td3_continuous.py")  # others are forks
+# What must agree between runs that are compared.
+SETTING = """env_id total_timesteps learning_rate buffer_size gamma tau batch_size policy_noise exploration_noise
+    noise_clip learning_starts policy_frequency eval_interval eval_episodes""".split()
+# Of no consequence for the numbers. All other arguments, those that a fork adds too, tell configurations apart.
 NEUTRAL = """exp_name seed runs_dir track wandb_project_name wandb_entity capture_video resume evaluate keep_replay
     checkpoint_interval kernel threads device""".split()
-
-
-@dataclass
-class Topology:
-    """What is kept of a run's masks; S snapshots."""
-
-    steps: np.ndarray  # [S] environment steps
-    pairwise: dict[str, np.ndarray]  # by network [S, S]: SAD_{i:j} over twice the active weights
-    ever: dict[str, np.ndarray]  # by network [S]: share of weights active in a snapshot so far (at least)
-    age: dict[str, np.ndarray]  # by network [2, S]: active weights' mean age in steps, upper bound and lower estimate
+DEFAULTS = {"mask_update_interval": 1000, "sparse_head": False, "hidden_dim": 256}  # not named in a label
+WORDS = {"mask_update_interval": "K = {}", "sparse_head": "sparse head", "hidden_dim": "width {}"}
 
 
 @dataclass
@@ -128,142 +121,101 @@ class Run:
     name: str
     folder: Path
     meta: dict
+    args: dict
     metrics: pd.DataFrame  # indexed by global_step
-    topology: Topology | None
-    label: str = ""  # configuration, such as "1:8, K = 100"
-
-    @property
-    def args(self) -> dict:
-        return self.meta["args"]
-
-    @property
-    def pattern(self) -> str:
-        return "dense" if self.meta["n"] is None else f"{self.meta['n']}:{self.meta['m']}"
-
-    @property
-    def score(self) -> float:
-        return self.meta["final_score"]
-
-    @property
-    def setting(self) -> tuple:
-        """What must agree between runs for them to be compared."""
-        rest = {k: v for k, v in self.args.items() if k not in (*NEUTRAL, *METHOD)}
-        return (*rest.items(), ("mujoco", ".".join(self.meta["versions"]["mujoco"].split(".")[:2])))
+    masks: dict[str, pd.DataFrame]  # by network: SAD_{i:j} between snapshots, share of active weights, by steps [S, S]
+    curves: pd.DataFrame  # of read_masks, by the steps of the snapshots
+    setting: tuple  # (name, value) of what must agree between runs that are compared
+    pattern: str  # "dense", "1:8"
+    width: int
+    fork: str  # what is not the project's own: script, exp_name, groups; such as "my_fork.py"
+    code: str  # "code 3fa9c1"
+    flops: float  # per update
+    minutes: float  # of training
+    machine: str
 
     def curve(self, key: str) -> pd.Series:
-        """A logged key over environment steps, where it was logged."""
-        return self.metrics[key].dropna() if key in self.metrics else pd.Series(dtype=float)
-
-    def settled_sad(self, window: float) -> float:
-        """SAD from the mask `window` steps before the end to the final one, mean of the networks; NaN without masks.
-
-        A window at least as long as the longest K compared: a mask that is taken seldom is old when the window begins.
-        """
-        if self.topology is None or self.args["mask_update_interval"] > window:
-            return math.nan
-        start = near(self.topology.steps, self.args["total_timesteps"] - window)
-        return statistics.fmean(float(pairwise[start, -1]) for pairwise in self.topology.pairwise.values())
-
-
-def near(steps: np.ndarray, step: float) -> int:
-    """Index of the last snapshot at or before a step."""
-    return max(0, int(np.searchsorted(steps, step, side="right")) - 1)
+        """A key over environment steps, where it has a value."""
+        frame = self.metrics if key in self.metrics else self.curves
+        return frame[key].dropna() if key in frame else pd.Series(dtype=float)
 
 
 # --- Reading ------------------------------------------------------------------------------------------------------
 
 
 def find_folders(patterns: tuple[str, ...]) -> list[Path]:
-    """Folders that hold a meta.json or a metrics.csv, at or below what the patterns match; sorted, each once."""
+    """Folders that hold a meta.json, at or below what the patterns match; sorted, each once."""
     found = set()
     for pattern in patterns:
         paths = [pattern] if Path(pattern).exists() else glob.glob(pattern)
         if not paths:
-            raise UserError(f"there is no {pattern}")
-        for path in map(Path, paths):
-            if path.is_file():  # a glob may hit a run's files, or others
-                if path.name not in ("meta.json", "metrics.csv", "masks.npz"):
-                    continue
-                path = path.parent
-            found |= {file.parent.resolve() for name in ("meta.json", "metrics.csv") for file in path.rglob(name)}
+            raise UserError(f"there is no {pattern}: name run folders, folders that hold runs, or globs of them")
+        found |= {file.parent.resolve() for path in paths for file in Path(path).rglob("meta.json")}
     return sorted(found)
 
 
 def load_run(folder: Path) -> Run:
-    """Raises BadRun with the reason if the run can't be used, other errors if its files are not as they should be.
-
-    Whatever is read later is read here once, so that a bad run is found before it is mixed with others.
-    """
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        metrics = read_metrics(folder / "metrics.csv")
-    except FileNotFoundError as error:
-        raise BadRun(f"{Path(error.filename).name} is missing") from None
-    if (reason := meta["exit_reason"]) != "finished":
-        raise BadRun(f"not finished (exit reason: {reason})")
-    run = Run(str(meta["run_name"]), folder, meta, metrics, None)
-    evaluations, total = run.curve("eval/episodic_return"), run.args["total_timesteps"]
-    if metrics.index[-1] != total:
-        raise BadRun(f"damaged: metrics.csv ends at step {metrics.index[-1]} of {total}")
+    """Raises UserError with the reason if the run can't be used, other errors if a file is not as it should be."""
+    meta = json.loads((folder / "meta.json").read_text())
+    if meta["exit_reason"] != "finished":
+        raise UserError(f"not finished (exit reason: {meta['exit_reason']})")
+    frame = pd.read_csv(folder / "metrics.csv").astype(float)
+    metrics = frame.groupby(frame.pop("global_step").astype(int)).last()  # W&B has rows twice after a resume
+    args, n, m, script = meta["args"], meta["n"], meta["m"], meta["script"]
+    if metrics.index[-1] != args["total_timesteps"]:
+        raise UserError(f"damaged: metrics.csv ends at step {metrics.index[-1]} of {args['total_timesteps']}")
+    evaluations = metrics["eval/episodic_return"].dropna()
     score = final_score([list(pair) for pair in evaluations[evaluations.index > 0].items()])
-    if not math.isclose(score, run.score, rel_tol=1e-9, abs_tol=1e-9) or not np.isfinite(evaluations).all():
-        raise BadRun(f"damaged: final score {run.score} in meta.json, {score} in metrics.csv")
-    versions = [{k: v for k, v in part["versions"].items() if k not in ("wandb", "python")} for part in
-               (meta, *meta.get("resumed", []))]  # fmt: skip
-    if any(other != versions[0] for other in versions):
-        raise BadRun("mixed versions: it was resumed with other ones than it began with")
-    numbers = [run.args["seed"], run.args["hidden_dim"], meta["params_active"], meta["flops_per_update"]["sparse"]]
-    numbers += [meta["threads"], metrics["charts/wall_time_s"].iloc[-1]]
-    numbers += [run.args[name] for name in METHOD if meta["n"] is not None]
-    if not np.isfinite(np.array(numbers, dtype=float)).all():
-        raise BadRun("damaged: a number in meta.json or metrics.csv is not finite")
-    for text in (meta["start"], meta["hardware"], meta["kernel"], run.args["env_id"]):
-        text.encode("ascii", "ignore")
-    _ = hash(run.setting), label_run(run)
-    for key in metrics:
-        metrics[key].astype(float)
-    if meta["n"] is not None and (folder / "masks.npz").exists():
-        try:
-            run.topology = read_masks(folder / "masks.npz", meta["n"], meta["m"], metrics)
-        except Exception as error:  # of zipfile, zlib and numpy, whatever the damage is
-            raise BadRun(f"damaged: masks.npz: {first_line(error)}") from None
-    return run
+    if not math.isclose(score, meta["final_score"], rel_tol=1e-9, abs_tol=1e-9):
+        raise UserError(f"damaged: final score {meta['final_score']} in meta.json, {score} in metrics.csv")
+    masks, curves, rowwise = read_masks(folder / "masks.npz", n, m, metrics) if n else ({}, pd.DataFrame(), True)
+    versions = [part["versions"]["mujoco"].split(".")[:2] for part in (meta, *meta.get("resumed", []))]
+    physics = " then ".join(dict.fromkeys(map(".".join, versions)))  # of a run that was resumed with another one: both
+    setting = (*((name, args.get(name)) for name in SETTING), ("mujoco", physics))
+    fork = [script] * (script not in SCRIPTS) + [args["exp_name"]] * (args["exp_name"] != Path(script).stem)
+    fork += [f"masks not {n}:{m} along rows"] * (not rowwise)
+    code = f"code {meta['code'][:6]}" if "code" in meta else "commit b4ac3f7"  # the last one without a hash
+    minutes = metrics["charts/wall_time_s"].iloc[-1] / 60
+    machine = f"{meta['hardware']}, {count(meta['threads'], 'thread')}"
+    kind = f"{n}:{m}" if n else "dense", args.get("hidden_dim"), ", ".join(fork), code, flops_per_update(meta)
+    return Run(meta["run_name"], folder, meta, args, metrics, masks, curves, setting, *kind, minutes, machine)
 
 
-def read_metrics(path: Path) -> pd.DataFrame:
-    """metrics.csv by global_step; a torn last line is dropped, rows of one step are merged."""
-    content = path.read_bytes()
-    frame = pd.read_csv(io.BytesIO(content[: content.rfind(b"\n") + 1]))
-    return frame.groupby("global_step").last()  # of each column the last value that is there
-
-
-def read_masks(path: Path, n: int, m: int, metrics: pd.DataFrame) -> Topology:
-    """Raises BadRun if the masks are not N:M or not those whose SAD was logged."""
+def read_masks(path: Path, n: int, m: int, metrics: pd.DataFrame) -> tuple[dict, pd.DataFrame, bool]:
+    """SAD between any two masks, by network; curves of ever_and_age; whether the first and last are N:M along rows."""
     with np.load(path, allow_pickle=False) as file:
         data = dict(file)
-    steps = data["global_step"]
-    shapes = {name.removesuffix(".shape"): tuple(shape) for name, shape in data.items() if name.endswith(".shape")}
+    steps, nets = data["global_step"], {}
+    shapes = {key.removesuffix(".shape"): value for key, value in data.items() if key.endswith(".shape")}
     masks = {name: np.unpackbits(data[name], axis=1, count=math.prod(shape)) for name, shape in shapes.items()}
-    if len(steps) < 1 or any(len(E) != len(steps) for E in masks.values()) or not (np.diff(steps) > 0).all():
-        raise BadRun("steps and masks do not belong together")
-    last = metrics["sad/actor"].last_valid_index() if "sad/actor" in metrics else None
-    if last is not None and steps[-1] != last:
-        raise BadRun(f"its last mask is of step {steps[-1]}, the last refresh of step {last}")
-    ends = [{name: torch.from_numpy(E[i].reshape(shapes[name])).bool() for name, E in masks.items()} for i in (0, -1)]
+    ends = [{name: torch.from_numpy(E[i]).view(*shapes[name]).bool() for name, E in masks.items()} for i in (0, -1)]
+    for key, value in sad_metrics(ends[0], *ends).items():
+        logged = metrics[key].dropna() if key in metrics else ()
+        if key.startswith("sad_initial/") and len(logged) and abs(logged.iloc[-1] - value) > 1e-9:
+            raise UserError(f"damaged: the last {key} is {logged.iloc[-1]} in metrics.csv, {value} from masks.npz")
     for name, E in masks.items():
-        kept = n * (shapes[name][1] // m) + min(n, shapes[name][1] % m)
-        whole = all(torch.equal(project(end[name].float(), n, m), end[name]) for end in ends)
-        if not whole or not (E.reshape(len(steps), *shapes[name]).sum(axis=2) == kept).all():
-            raise BadRun(f"it holds a mask that is not {n}:{m}")
-    for key, value in sad_metrics(ends[0], ends[0], ends[1]).items():
-        if key.startswith("sad_initial") and len(steps) > 1:
-            logged = metrics[key].get(steps[-1], math.nan)
-            if not abs(logged - value) <= 1e-9:
-                raise BadRun(f"{key} of step {steps[-1]} is {logged} in metrics.csv, {value} from the masks")
-    nets = {net: np.hstack([E for name, E in masks.items() if name.startswith(net + ".")]) for net in NETS}
-    spans = {net: ever_and_age(E, steps) for net, E in nets.items()}
-    pairwise = {net: pairwise_sad(E) for net, E in nets.items()}
-    return Topology(steps, pairwise, {net: s[0] for net, s in spans.items()}, {net: s[1:] for net, s in spans.items()})
+        if (E.sum(axis=1) != E[0].sum()).any():
+            raise UserError(f"damaged: the number of active weights of {name} changes in masks.npz")
+        nets.setdefault(name.split(".")[0], []).append(E)
+    pairwise, curves = {}, {}
+    for net, layers in nets.items():
+        E = np.hstack(layers)  # [S, weights]
+        pairwise[net] = pd.DataFrame(pairwise_sad(E), steps, steps)
+        curves[f"ever/{net}"], curves[f"age_at_most/{net}"], curves[f"age_at_least/{net}"] = ever_and_age(E, steps)
+    rowwise = all(torch.equal(project(E.float(), n, m), E) for end in ends for E in end.values())
+    return pairwise, pd.DataFrame(curves, steps), rowwise
+
+
+def load_all(folders: list[Path]) -> tuple[list[Run], list[tuple[str, str]]]:
+    """The usable runs, and (name, reason) of the others."""
+    runs, skipped = [], []
+    for folder in tqdm(folders, desc="reading", unit="run", delay=2, disable=None):
+        try:
+            runs.append(load_run(folder))
+        except Exception as error:  # whatever is wrong with one run, the others count
+            other = f"damaged, or of another version ({type(error).__name__}: {first_line(error)})"
+            skipped.append((folder.name, str(error) if isinstance(error, UserError) else other))
+    return runs, skipped
 
 
 def fetch_wandb(entity: str, project: str, folder: Path) -> list[tuple[str, str]]:
@@ -271,48 +223,42 @@ def fetch_wandb(entity: str, project: str, folder: Path) -> list[tuple[str, str]
     import wandb
 
     try:
-        runs = list(wandb.Api().runs(f"{entity}/{project}"))
+        runs = [run for run in wandb.Api().runs(f"{entity}/{project}") if run.job_type not in ("analysis", "benchmark")]
     except Exception as error:
-        raise UserError(f"W&B project {entity}/{project} can't be read: {first_line(error)}") from None
+        reason = f"W&B project {entity}/{project} can't be read ({first_line(error)})"
+        raise UserError(f"{reason}: check both names, and log in with `wandb login`") from None
     skipped = []
-    for run in tqdm(runs, desc="downloading", disable=not sys.stderr.isatty()):
-        if run.job_type in ("analysis", "benchmark"):
-            continue
-        with tempfile.TemporaryDirectory() as scratch:
-            try:
-                files = {file.name for file in run.files()}
-                if "meta.json" not in files:
-                    raise BadRun("it has no meta.json, so it has not ended")
-                for name in files & {"meta.json", "masks.npz"}:
-                    run.file(name).download(root=scratch, replace=True)
-                rows = pd.DataFrame(run.scan_history())
-                rows = rows.drop(columns=[key for key in rows if key.startswith("_")])
-                rows.to_csv(Path(scratch, "metrics.csv"), index=False)
-            except Exception as error:
-                reason = str(error) if isinstance(error, BadRun) else f"can't be downloaded: {first_line(error)}"
-                skipped.append((run.name, reason))
-                continue
-            shutil.copytree(scratch, folder / run.id)
+    for run in tqdm(runs, desc="downloading", unit="run", disable=None):
+        target = folder / run.id
+        try:
+            target.mkdir()
+            names = {file.name for file in run.files()} & {"masks.npz", "meta.json"}
+            if "meta.json" not in names:
+                raise UserError("it has no meta.json, so it has not ended")
+            rows = pd.DataFrame(run.scan_history())
+            rows[[key for key in rows if not key.startswith("_")]].to_csv(target / "metrics.csv", index=False)
+            for name in sorted(names):  # meta.json, which makes it a run, at last
+                run.file(name).download(root=str(target), replace=True)
+        except Exception as error:  # of the network, or of a run of another kind
+            skipped.append((run.name, f"not read from W&B: {first_line(error)}"))
     return skipped
 
 
-def thin_run(run: Run, out: Path, window: float, rows: int = 60, masks: int = 6) -> None:
+def evenly(length: int, number: int) -> np.ndarray:
+    """Up to `number` indices of a list, evenly spaced, first and last included."""
+    return np.unique(np.linspace(0, length - 1, min(number, length)).round().astype(int))
+
+
+def thin_run(run: Run, out: Path, window: float) -> None:
     """Copy what this script needs of a run: some hundred kilobytes that draw the same figures, coarser in time."""
-
-    def some(things, count: int):  # evenly spaced, first and last included
-        return things[np.unique(np.linspace(0, len(things) - 1, min(count, len(things))).round().astype(int))]
-
     target = out / run.folder.name
     target.mkdir(parents=True)
-    evaluations, refreshes = (run.curve(key).index for key in ("eval/episodic_return", "sad/actor"))
-    snapshots = np.array([], int)
-    if run.topology:
-        snapshots = some(np.arange(len(run.topology.steps)), masks)
-        ends = [run.args["total_timesteps"] * 0.9, run.args["total_timesteps"] - window]
-        snapshots = np.union1d(snapshots, [near(run.topology.steps, end) for end in ends])
-    kept = evaluations.union(some(refreshes, rows))
-    if run.topology:
-        kept = kept.union(run.metrics.index.intersection(run.topology.steps[snapshots]))
+    refreshes = run.metrics.filter(regex="^sad/").dropna(how="all").index
+    kept = run.curve("eval/episodic_return").index.union(refreshes[evenly(len(refreshes), 60)])
+    if run.masks:
+        steps = next(iter(run.masks.values())).index
+        starts = [before_end(steps, back) for back in (window, 0.1 * run.args["total_timesteps"])]
+        snapshots = np.union1d(evenly(len(steps), 6), starts)
         with np.load(run.folder / "masks.npz", allow_pickle=False) as file:
             arrays = {key: value if key.endswith(".shape") else value[snapshots] for key, value in file.items()}
         np.savez_compressed(target / "masks.npz", **arrays)
@@ -321,46 +267,22 @@ def thin_run(run: Run, out: Path, window: float, rows: int = 60, masks: int = 6)
     (target / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
 
 
-def load_all(folders: list[Path]) -> tuple[list[Run], list[tuple[str, str]]]:
-    """The usable runs, and (name, reason) of the others."""
-    runs, skipped = [], []
-    for folder in tqdm(folders, desc="reading", unit="run", delay=2, disable=not sys.stderr.isatty()):
-        try:
-            runs.append(load_run(folder))
-        except Exception as error:  # whatever is wrong with one run, the others count
-            other = f"damaged, or of another version ({type(error).__name__}: {first_line(error)})"
-            name = folder.name.encode(errors="replace").decode()
-            skipped.append((name, str(error) if isinstance(error, BadRun) else other))
-    seen = {}
-    for run in sorted(runs, key=lambda run: run.meta["start"]):
-        key = (run.setting, run.pattern, *(run.args.get(name) for name in METHOD), run.args["seed"])
-        if key in seen:
-            old = seen[key]
-            reason = f"same configuration and seed as the later {run.name}"
-            if old.meta["kernel"] != run.meta["kernel"]:
-                reason += f" (kernel {old.meta['kernel']}, the later one {run.meta['kernel']})"
-            skipped.append((old.name, reason))
-        seen[key] = run
-    return list(seen.values()), skipped
-
-
-# --- Masks --------------------------------------------------------------------------------------------------------
+# --- Numbers ------------------------------------------------------------------------------------------------------
 
 
 def pairwise_sad(E: np.ndarray) -> np.ndarray:
     """SAD_{i:j} over twice the active weights, [S, S], of masks E [S, weights] that all have as many active ones."""
-    active = E.sum(axis=1, dtype=np.int64)
+    active = E[0].sum(dtype=np.int64)
     floats = torch.from_numpy(E).float()
     common = (floats @ floats.T).numpy()  # exact: counts below 2**24
-    return ((active[:, None] + active[None, :] - 2 * common) / (2 * active[0])).astype(np.float32)
+    return ((active - common) / active).astype(np.float32)  # |E_i - E_j|_0 = 2 * (active - common)
 
 
 def ever_and_age(E: np.ndarray, steps: np.ndarray) -> np.ndarray:
-    """[3, S] of masks E [S, weights]: share seen active so far; mean age of the active: upper bound, lower estimate.
+    """[3, S] of masks E [S, weights]: share ever active; mean age of the active in steps, at most and at least.
 
-    Snapshots miss what comes and goes between them, so the share is a lower bound. A weight that was inactive at one
-    snapshot and is active at the next became so in between: the age is at most that since the former, and at least
-    that since the latter for those that do not come and go between snapshots.
+    Snapshots miss what comes and goes between them. So the share is a lower bound, and a weight that was inactive at
+    one snapshot and is active at the next has been so since the former at most, and since the latter at least.
     """
     E = E.astype(bool)
     after = np.full(E.shape[1], steps[0], dtype=np.float32)
@@ -369,28 +291,52 @@ def ever_and_age(E: np.ndarray, steps: np.ndarray) -> np.ndarray:
         new = E[i] & ~E[i - 1]
         after[new], until[new] = steps[i - 1], steps[i]
         seen |= E[i]
-        active = E[i].astype(np.float32)
-        found.append((seen.mean(), *(steps[i] - since @ active / active.sum() for since in (after, until))))
+        found.append((seen.mean(), *(steps[i] - since[E[i]].mean() for since in (after, until))))
     return np.array(found).T
 
 
-def settled_step(pairwise: np.ndarray, steps: np.ndarray, threshold: float = 0.1) -> float:
-    """First snapshot from which on all are within `threshold` (SAD) of the final mask; NaN if only the last one is.
+def settled_step(pairwise: pd.DataFrame, threshold: float = 0.1) -> float:
+    """First snapshot from which on all are within `threshold` (SAD) of the final mask; inf if only the last one is.
 
     In the spirit of Early-Bird tickets (You et al., arXiv 1909.11957), which end a search when masks of five epochs
-    differ by less than 0.1 of all weights; here 0.1 of the active ones, against the final mask. It is an upper bound
-    as fine as the snapshots. A mask that drifts for ever comes near its final state too: read it beside settled SAD.
+    differ by less than 0.1 of all weights. A mask that drifts for ever comes near its final state too.
     """
-    far = np.flatnonzero(pairwise[:, -1] >= threshold)
+    far = np.flatnonzero(pairwise.iloc[:, -1] >= threshold)
     first = far[-1] + 1 if len(far) else 0
-    return float(steps[first]) if first < len(steps) - 1 or len(steps) == 1 else math.nan
+    return math.inf if first == len(pairwise) - 1 > 0 else float(pairwise.index[first])
 
 
-# --- Statistics ---------------------------------------------------------------------------------------------------
+def before_end(steps: np.ndarray, window: float) -> int:
+    """Index of the mask that was in use `window` steps before the last refresh."""
+    return max(0, int(np.searchsorted(steps, steps[-1] - window, side="right")) - 1)
 
 
-def iqm(scores: np.ndarray, axis: int | None = None):
-    """Interquartile mean: of the middle half (25 % trimmed at each end, rounded down), over all entries or an axis."""
+def settled_sad(run: Run, window: float) -> float:
+    """SAD from the mask `window` steps before the last refresh to the final one, mean of the networks.
+
+    NaN for dense, and with a K longer than the window: then no other mask is that young.
+    """
+    if not run.masks or run.args.get("mask_update_interval", 0) > window:
+        return math.nan
+    return statistics.fmean(float(E.iloc[before_end(E.index, window), -1]) for E in run.masks.values())
+
+
+def flops_per_update(meta: dict) -> float:
+    """A product takes 2 * batch * active weights FLOPs. An update has one for the target actor and each target critic,
+    3 for each critic (2 in its first layer, whose inputs need no gradient), and every policy_frequency-th time 3 for
+    the actor and 2 for the first critic."""
+    if "flops_per_update" in meta:  # until commit b4ac3f7 the scripts counted
+        return meta["flops_per_update"]["sparse"]
+    nets = meta["modules"].items()
+    active = {net: [part["active"] for part in parts if len(part.get("weight", ())) == 2] for net, parts in nets}
+    actor, critics = sum(active.pop("actor")), [*active.values()]
+    products = actor + sum(4 * sum(layers) - layers[0] for layers in critics)
+    products += (3 * actor + 2 * sum(critics[0])) / meta["args"]["policy_frequency"]
+    return 2 * meta["args"]["batch_size"] * products
+
+
+def iqm(scores: np.ndarray, axis: int = -1):
+    """Interquartile mean over an axis: of the middle half (25 % trimmed at each end, rounded down)."""
     return scipy.stats.trim_mean(scores, 0.25, axis=axis)
 
 
@@ -405,99 +351,151 @@ def interval(groups: list[np.ndarray], statistic, resamples: int) -> np.ndarray:
     return low_high if min(map(len, groups)) > 1 else np.full_like(low_high, np.nan)
 
 
+def estimate(key: str, groups: list[np.ndarray], statistic, resamples: int) -> dict[str, float]:
+    """A statistic (as in interval) of the groups themselves, and its interval, as columns of a table."""
+    low, high = interval(groups, statistic, resamples)
+    return {key: float(statistic(*(group[None] for group in groups))[0]), f"{key}_low": low, f"{key}_high": high}
+
+
 def better(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Probability that a run of x has a higher score than one of y, ties half: [..., runs] each -> [...]."""
     difference = x[..., :, None] - y[..., None, :]
     return ((difference > 0) + 0.5 * (difference == 0)).mean(axis=(-2, -1))
 
 
-def correlation(groups: list[np.ndarray], resamples: int) -> tuple[float, np.ndarray]:
-    """Correlation of ranks within each group [runs, 2], pooled, and its 95 % stratified bootstrap interval.
+def relative(*drawn: np.ndarray) -> np.ndarray:
+    """Scores and dense scores in turns, [resamples, runs] each -> IQM of all scores over their IQMs of dense."""
+    parts = [x / iqm(dense)[:, None] for x, dense in zip(drawn[::2], drawn[1::2], strict=True)]
+    return iqm(np.concatenate(parts, axis=1))
 
-    Of one group it is Spearman's. What sets groups apart, such as K, neither makes nor hides it.
+
+def correlation(*drawn: np.ndarray) -> np.ndarray:
+    """Correlation of ranks within each group [resamples, runs, 2], pooled -> [resamples]; of one group Spearman's.
+
+    What sets groups apart, such as K, neither makes nor hides it. A constant resample has none and is left out.
     """
-
-    def statistic(*drawn):  # [resamples, runs, 2] each; a constant resample has no correlation
-        ranks = [scipy.stats.rankdata(group, axis=1) / group.shape[1] for group in drawn]
-        a, b = np.moveaxis(np.concatenate([r - r.mean(axis=1, keepdims=True) for r in ranks], axis=1), 2, 0)
-        norm = np.sqrt((a**2).sum(axis=1) * (b**2).sum(axis=1))
-        return (a * b).sum(axis=1)[norm > 0] / norm[norm > 0]
-
-    return float(statistic(*(group[None] for group in groups))[0]), interval(groups, statistic, resamples)
+    ranks = [scipy.stats.rankdata(group, axis=1) / group.shape[1] for group in drawn]
+    a, b = np.moveaxis(np.concatenate([r - r.mean(axis=1, keepdims=True) for r in ranks], axis=1), 2, 0)
+    norm = np.sqrt((a**2).sum(axis=1) * (b**2).sum(axis=1))
+    return (a * b).sum(axis=1)[norm > 0] / norm[norm > 0]
 
 
 # --- Matching -----------------------------------------------------------------------------------------------------
 
 
+@dataclass(eq=False)
+class Configuration:
+    label: str  # such as "1:8, K = 100"
+    runs: list[Run]  # by seed
+    look: dict  # colour and line
+    marker: str
+
+    def __post_init__(self):
+        self.first = self.runs[0]  # for what all of them have in common
+        self.scores = np.array([run.meta["final_score"] for run in self.runs])
+        self.moving = any(len(E) > 1 for run in self.runs for E in run.masks.values())  # others have no SAD but 0
+        self.one_machine = len({(run.machine, run.meta["kernel"]) for run in self.runs}) == 1  # so minutes compare
+
+
 @dataclass
 class Study:
-    """Runs of one setting, by configuration."""
+    """Runs of one setting."""
 
     name: str  # for titles: environment, steps and what else is special
-    file: str  # for file names
-    setting: tuple
-    configurations: dict[str, list[Run]]  # label -> runs, ordered by seed; dense first
-    reference: dict[str, str]  # label -> label of the dense configuration that it is compared with
+    setting: dict
+    configurations: list[Configuration]  # dense first
 
-    @property
-    def window(self) -> float:
-        """Of settled SAD, in steps: a tenth of training, or the longest K up to a quarter."""
-        total = dict(self.setting)["total_timesteps"]
-        intervals = [runs[0].args.get("mask_update_interval", 0) for runs in self.configurations.values()]
-        return max(0.1 * total, *(k for k in intervals if k <= total / 4), 0)
+    def __post_init__(self):
+        self.moving = [c for c in self.configurations if c.moving]
+        self.nets = list(dict.fromkeys(net for c in self.configurations for run in c.runs for net in run.masks))
+        # Of settled SAD, in steps: a tenth of training, or the longest K up to a quarter.
+        total, Ks = self.setting["total_timesteps"], [c.first.args.get("mask_update_interval", 0) for c in self.moving]
+        self.window = max(0.1 * total, *(K for K in Ks if K <= total / 4), 0)
 
-    def scores(self, label: str) -> np.ndarray:
-        return np.array([run.score for run in self.configurations[label]])
+    def plain(self, pattern: str, width: int) -> Configuration | None:
+        """The project's own with all else at its default; of several codes the one with the most seeds."""
+        found = [c for c in self.configurations if c.first.pattern == pattern and c.first.width == width]
+        found = [c for c in found if not c.first.fork and method_words(c.first).keys() <= {"hidden_dim"}]
+        return max(found, key=lambda c: len(c.runs), default=None)
+
+    def dense(self, c: Configuration) -> Configuration | None:
+        """What a configuration is compared with: dense of the same width, for dense ones of the default width."""
+        return self.plain("dense", DEFAULTS["hidden_dim"] if c.first.pattern == "dense" else c.first.width)
+
+    def pairs(self, c: Configuration) -> np.ndarray:
+        """[runs, 2]: settled SAD and final score, of the runs that have both."""
+        pairs = np.stack([[settled_sad(run, self.window) for run in c.runs], c.scores], axis=1)
+        return pairs[~np.isnan(pairs[:, 0])]
 
 
-def density(run: Run) -> float:
-    """Sorts dense first: 1, and less for any N:M."""
-    return 1.0 if run.meta["n"] is None else run.meta["n"] / run.meta["m"] - 1e-9
+def method_words(run: Run) -> dict[str, str]:
+    """Argument -> its name in a label, of all that tell configurations apart and are not at their default."""
+    words = {}
+    for name in dict.fromkeys([*WORDS, *run.args]):
+        value = run.args.get(name)
+        if name not in (*SETTING, *NEUTRAL, "n", "m") and value not in (None, DEFAULTS.get(name)):
+            words[name] = WORDS.get(name, f"{name} {{}}").format(value)
+    if words.get("mask_update_interval") == "K = 0":
+        words["mask_update_interval"] = "static masks"
+    return words
 
 
-def label_run(run: Run) -> str:
-    """A configuration's name: its pattern and what is not the training scripts' default."""
-    words = {"mask_update_interval": "K = {}", "sparse_head": "sparse head", "hidden_dim": "width {}"}
-    other = [
-        word.format(run.args[name])
-        for name, word in words.items()
-        if run.args.get(name, DEFAULTS[name]) != DEFAULTS[name]
-    ]
-    return ", ".join([run.pattern, *("static masks" if word == "K = 0" else word for word in other)])
+def dense_twins(runs: list[Run]) -> dict[int, str]:
+    """Width of a narrow dense network -> the pattern that keeps as many weights (within 3 %); one for each pattern."""
+    own, twins = [run for run in runs if not run.fork and not run.args.get("sparse_head")], {}
+    for run in own:
+        if run.pattern != "dense" and run.width == DEFAULTS["hidden_dim"]:
+            narrow = [other for other in own if other.pattern == "dense" and other.width != run.width]
+            size = run.meta["params_active"]
+            gaps = [(abs(other.meta["params_active"] / size - 1), other.width) for other in narrow]
+            gap, width = min(gaps, default=(1, 0))
+            if gap <= 0.03:
+                twins.setdefault(width, f"as many weights as {run.pattern}")
+    return twins
+
+
+def configure(runs: list[Run]) -> tuple[list[Configuration], list[tuple[str, str]]]:
+    """The configurations of one setting, dense first; (run, reason) of runs that a later one replaces.
+
+    A label has all that tells configurations apart: pattern, arguments that are not at their default, a fork's name,
+    and the code where a script was run with several. So the runs of one label are seeds of one configuration.
+    """
+    twins, codes, found, replaced, configurations = dense_twins(runs), {}, {}, [], []
+    for run in runs:
+        codes.setdefault((run.meta["script"], run.fork), set()).add(run.code)
+    for run in sorted(runs, key=lambda run: run.meta["start"]):
+        words = method_words(run)
+        if run.pattern == "dense" and not run.fork and run.width in twins:
+            words["hidden_dim"] = twins[run.width]
+        several = len(codes[run.meta["script"], run.fork]) > 1
+        words = [run.pattern, *words.values(), run.fork, run.code * several]
+        seeds = found.setdefault(", ".join(filter(None, words)), {})
+        if old := seeds.get(run.args["seed"]):
+            replaced.append((old.name, f"same configuration and seed as the later {run.name}"))
+        seeds[run.args["seed"]] = run
+    groups = [(label, [seeds[seed] for seed in sorted(seeds)]) for label, seeds in found.items()]
+    groups.sort(key=lambda item: (-(item[1][0].meta["n"] or 2) / (item[1][0].meta["m"] or 1), item[0]))  # dense first
+    for label, group in groups:
+        i = sum(c.first.pattern == group[0].pattern for c in configurations) % 8
+        look = {"color": pattern_color(group[0].pattern), "linestyle": LINES[i]}
+        configurations.append(Configuration(label, group, look, MARKERS[i]))
+    return configurations, replaced
 
 
 def make_studies(runs: list[Run]) -> tuple[list[Study], list[tuple[str, str]]]:
-    """One study for each setting, and (run, reason) of those that have no dense run to compare with."""
-    settings, studies, unmatched = {}, [], []
+    """One study for each setting; (run, reason) of runs that a later one replaces."""
+    settings, studies, replaced = {}, [], []
     for run in runs:
         settings.setdefault(run.setting, []).append(run)
-    varying = {
-        key for setting in settings for key, value in setting if any(dict(o).get(key) != value for o in settings)
-    }
+    varying = {pair for setting in settings for pair in setting if any(pair not in other for other in settings)}
     for setting, members in sorted(settings.items(), key=lambda item: str(item[0])):
-        for run in members:
-            run.label = label_run(run)
-        members.sort(key=lambda run: (-density(run), run.label, run.args["seed"]))
+        configurations, old = configure(members)
+        replaced += old
         values = dict(setting)
-        extra = [f"{key} {values[key]}" for key in sorted(varying - {"env_id", "total_timesteps"}) if key in values]
+        extra = [f"{key} {values[key]}" for key, _ in sorted(varying & {*setting}) if key not in SETTING[:2]]
         name = ", ".join([values["env_id"], f"{values['total_timesteps']:,} steps", *extra])
-        configurations = {}
-        for run in members:
-            configurations.setdefault(run.label, []).append(run)
-        dense = {
-            group[0].args["hidden_dim"]: label for label, group in configurations.items() if density(group[0]) == 1
-        }
-        reference = {}
-        for label, group in configurations.items():
-            width = DEFAULTS["hidden_dim"] if density(group[0]) == 1 else group[0].args["hidden_dim"]
-            if width in dense:
-                reference[label] = dense[width]
-            elif density(group[0]) < 1:
-                unmatched += [(run.name, f"no dense run of the same setting ({name})") for run in group]
-        file = re.sub(r"[^\w.-]+", "_", name)[:80]
-        file += f"_{len(studies)}" if any(study.file == file for study in studies) else ""
-        studies.append(Study(name, file, setting, configurations, reference))
-    return studies, unmatched
+        studies.append(Study(name, values, configurations))
+    return studies, replaced
 
 
 # --- Figures ------------------------------------------------------------------------------------------------------
@@ -521,516 +519,333 @@ def pattern_color(pattern: str) -> str:
 # Configurations of one pattern differ in the line.
 LINES = ["-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 3)), (0, (8, 2, 1, 2))]
 MARKERS = "osD^vP*X"
-
-
-def style(study: Study, label: str) -> tuple[str, int]:
-    """Colour of the pattern, and a number for line and marker within the pattern."""
-    pattern = study.configurations[label][0].pattern
-    same = [name for name, runs in study.configurations.items() if runs[0].pattern == pattern]
-    return pattern_color(pattern), same.index(label)
+STEPS = "thousand environment steps"
+rc("font", size=8)
+rc("axes", grid=True, titlesize=9)
+rc("axes.spines", top=False, right=False)
+rc("grid", alpha=0.3, linewidth=0.5)
 
 
 def new_figure(title: str, rows: int, columns: int, height: float, **options) -> tuple[Figure, np.ndarray]:
-    figure = Figure(figsize=(7, height), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, **options)
+    figure = Figure(figsize=(max(7, 2.3 * columns), height), layout="constrained")
     figure.suptitle(textwrap.fill(title, 95), fontsize=10)
-    for ax in axes.flat:
-        ax.tick_params(labelsize=8)
-        ax.grid(alpha=0.3, linewidth=0.5)
-        for side in ("top", "right"):
-            ax.spines[side].set_visible(False)
-    return figure, axes
+    return figure, figure.subplots(rows, columns, squeeze=False, **options)
 
 
-def describe(ax, title: str = "", x: str = "", y: str = "") -> None:
-    ax.set_title(title, fontsize=9)
-    ax.set_xlabel(x, fontsize=8)
-    ax.set_ylabel(y, fontsize=8)
-
-
-def add_legend(figure: Figure) -> None:
+def add_legend(figure: Figure) -> Figure:
     """One legend below the panels, where it covers no data."""
-    handles = {
-        label: handle for ax in figure.axes for handle, label in zip(*ax.get_legend_handles_labels(), strict=True)
-    }
-    if handles:
-        columns = 3 if max(map(len, handles)) < 28 else 1
-        figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, fontsize=8, frameon=False)
+    pairs = [zip(*ax.get_legend_handles_labels(), strict=True) for ax in figure.axes]
+    handles = {label: handle for handle, label in itertools.chain(*pairs)}
+    columns = max(1, min(3, 100 // (max(map(len, handles), default=0) + 5)))
+    figure.legend(handles.values(), handles, loc="outside lower center", ncols=columns, frameon=False)
+    return figure
 
 
-def band(ax, study: Study, label: str, curves: list[pd.Series], resamples: int, scale: float = 1e-3) -> None:
+def band(ax, c: Configuration, curves: list[pd.Series], resamples: int, scale: float = 1e-3) -> None:
     """IQM over seeds and its 95 % bootstrap band, where all seeds have a value; x is multiplied by `scale`."""
     table = pd.concat(curves, axis=1, join="inner").dropna()
-    if table.empty:
-        return
-    table = table.iloc[np.unique(np.linspace(0, len(table) - 1, min(300, len(table))).round().astype(int))]
-    rows, (color, line) = table.to_numpy().T, style(study, label)
-    name = f"{label} ({count(len(rows), 'seed')})"
-    marker = "." if len(table) < 3 else None
-    ax.plot(
-        table.index * scale,
-        iqm(rows, axis=0),
-        color=color,
-        linestyle=LINES[line % len(LINES)],
-        clip_on=False,
-        linewidth=1.2,
-        label=name,
-        marker=marker,
-    )
-    if len(rows) > 1:
+    if len(table):
+        table = table.iloc[evenly(len(table), 300)]
+        x, rows, marker = table.index * scale, table.to_numpy().T, "." if len(table) < 3 else None
+        label = f"{c.label} ({count(len(rows), 'seed')})"
+        ax.plot(x, iqm(rows, axis=0), linewidth=1.2, label=label, clip_on=False, marker=marker, **c.look)
         low, high = interval([rows], lambda drawn: iqm(drawn, axis=1), resamples)
-        ax.fill_between(table.index * scale, low, high, color=color, alpha=0.15, linewidth=0)
+        ax.fill_between(x, low, high, color=c.look["color"], alpha=0.15, linewidth=0)
 
 
-def sparse_labels(study: Study) -> list[str]:
-    return [label for label, runs in study.configurations.items() if runs[0].pattern != "dense"]
+def draw_curves(study: Study, title: str, labels: dict, parts: list, resamples: int) -> Figure:
+    """A row of panels for each of `parts`, such as (actor/fc1, qf1/fc1), and each kind of curve in `labels`."""
+    rows = [(names, key, label) for names in parts for key, label in labels.items()]
+    size = len(rows), len(study.nets), 1.2 + 1.9 * len(rows)
+    figure, axes = new_figure(f"{title}: {study.name}", *size, sharex=True, sharey="row")
+    for panels, (names, key, label) in zip(axes, rows, strict=True):
+        for ax, name in zip(panels, names, strict=True):
+            for c in study.moving:
+                band(ax, c, [run.curve(f"{key}/{name}") for run in c.runs], resamples)
+            ax.set_title(str(name).replace("/", ", "))
+            ax.set_visible(name is not None)  # a network may have fewer layers than others
+        panels[0].set(ylabel=label, ylim=(0, None))
+    for ax in axes[-1]:
+        ax.set_xlabel(STEPS)
+    return add_legend(figure)
 
 
-def moving_labels(study: Study) -> list[str]:
-    """N:M configurations whose masks were refreshed: others have no SAD but 0."""
-    return [name for name in sparse_labels(study) if any(len(r.curve("sad/actor")) for r in study.configurations[name])]
+SADS = {"sad": "SAD to the previous\nmask (of active)", "sad_initial": "SAD to the first\nmask (of active)"}
+AGES = {
+    "ever": "ever active, at least\n(share of all weights)",
+    "age_at_most": "mean age of the active,\nat most (steps)",
+}
+AGES["age_at_least"] = "mean age of the active,\nat least (steps)"
 
 
-def draw_sad(study: Study, resamples: int) -> Figure | None:
+def draw_sad(study: Study, resamples: int) -> Figure:
     """1: SAD over training by network, against the previous and against the first mask."""
-    if not moving_labels(study):
-        return None
-    figure, axes = new_figure(f"How masks change: {study.name}", 2, 3, 5, sharex=True, sharey="row")
-    for row, (key, what) in zip(axes, (("sad", "previous"), ("sad_initial", "first")), strict=True):
-        for ax, net in zip(row, NETS, strict=True):
-            for label in moving_labels(study):
-                band(ax, study, label, [run.curve(f"{key}/{net}") for run in study.configurations[label]], resamples)
-            describe(ax, net if key == "sad" else "", "" if key == "sad" else "thousand environment steps",
-                     f"SAD to the {what} mask\n(share of active weights)" if net == "actor" else "")  # fmt: skip
-        row[0].set_ylim(bottom=0)
-    add_legend(figure)
-    return figure
+    return draw_curves(study, "How masks change", SADS, [study.nets], resamples)
 
 
-def draw_layers(study: Study, resamples: int) -> Figure | None:
-    """1: the same by layer."""
-    runs = [run for label in moving_labels(study) for run in study.configurations[label]]
-    found = re.findall(r"sad/(\w+)/(\w+)(?:$|\n)", "\n".join({key for run in runs for key in run.metrics}))
-    layers = sorted({layer for _, layer in found if layer not in ("fc_mu", "fc3")}) + ["head"] * (
-        "fc3" in dict(map(reversed, found))
-    )
-    if not layers:
-        return None
-    title, height = f"SAD to the previous and to the first mask, by layer: {study.name}", 1 + 2.7 * len(layers)
-    figure, axes = new_figure(title, 2 * len(layers), 3, height, sharex=True, sharey="row")
-    for i, (layer, key) in enumerate((layer, key) for layer in layers for key in ("sad", "sad_initial")):
-        for ax, net in zip(axes[i], NETS, strict=True):
-            name = layer if layer != "head" else ("fc_mu" if net == "actor" else "fc3")
-            for label in moving_labels(study):
-                curves = [run.curve(f"{key}/{net}/{name}") for run in study.configurations[label]]
-                if all(len(curve) for curve in curves):
-                    band(ax, study, label, curves, resamples)
-            what = "previous" if key == "sad" else "first"
-            x_label = "thousand environment steps" if i == len(axes) - 1 else ""
-            y_label = f"to {what}" if net == "actor" else ""
-            describe(ax, f"{net}, {name}" if key == "sad" else "", x_label, y_label)
-        axes[i, 0].set_ylim(bottom=0)
-    add_legend(figure)
-    return figure
+def draw_layers(study: Study, resamples: int) -> Figure:
+    """1: the same by layer, the first N:M layer of each network in the first rows."""
+    keys = dict.fromkeys(key for c in study.moving for run in c.runs for key in run.metrics)
+    layers = [[key.removeprefix("sad/") for key in keys if key.startswith(f"sad/{net}/")] for net in study.nets]
+    return draw_curves(study, "How masks change, by layer", SADS, [*itertools.zip_longest(*layers)], resamples)
 
 
-def draw_divergence(study: Study, _resamples: int) -> Figure | None:
+def draw_ages(study: Study, resamples: int) -> Figure:
+    """2: share of weights ever active, and mean age of the active ones."""
+    return draw_curves(study, "Which weights were ever active, and for how long", AGES, [study.nets], resamples)
+
+
+def draw_divergence(study: Study, _resamples: int) -> Figure:
     """2: SAD_{i:j} between all snapshots, mean over the seeds that have the same snapshots."""
-    labels = [label for label in moving_labels(study) if any(run.topology for run in study.configurations[label])]
-    if not labels:
-        return None
-    title = f"SAD between the masks at two times: {study.name}"
-    figure, axes = new_figure(title, len(labels), 3, 1.6 + min(1.75 * len(labels), 7.4))
-    kept = {}
-    for label in labels:
-        topologies = [run.topology for run in study.configurations[label] if run.topology]
-        kept[label] = [t for t in topologies if np.array_equal(t.steps, topologies[0].steps)]
-    top = max(float(t.pairwise[net].max()) for group in kept.values() for t in group for net in NETS) or 1.0
-    for row, (label, group) in zip(axes, kept.items(), strict=True):
-        for ax, net in zip(row, NETS, strict=True):
-            steps = group[0].steps * 1e-3
-            edges = np.concatenate([steps[:1], (steps[1:] + steps[:-1]) / 2, steps[-1:]])  # a cell around each snapshot
-            ax.grid(False)
-            image = ax.pcolormesh(edges, edges, np.mean([t.pairwise[net] for t in group], axis=0), vmin=0, vmax=top,
-                                  cmap="viridis", rasterized=True)  # fmt: skip
-            ax.set_aspect("equal")
-            seeds = f"{label}\n({count(len(group), 'seed')})\nthousand steps"
-            x_label = "thousand steps" if label == labels[-1] else ""
-            describe(ax, net if label == labels[0] else "", x_label, seeds if net == "actor" else "")
+    size = len(study.moving), len(study.nets), 1.6 + min(1.75 * len(study.moving), 7.4)
+    figure, axes = new_figure(f"SAD between the masks at two times: {study.name}", *size)
+    for row, c in zip(axes, study.moving, strict=True):
+        for ax, net in zip(row, study.nets, strict=True):
+            every = [run.masks[net] for run in c.runs if net in run.masks]
+            ax.set_visible(bool(every))
+            if every:
+                group = [E for E in every if E.index.equals(every[0].index)]
+                steps = every[0].index * 1e-3
+                edges = [steps[0], *(steps[1:] + steps[:-1]) / 2, steps[-1]]  # a cell around each snapshot
+                image = ax.pcolormesh(edges, edges, np.mean(group, axis=0), vmin=0, vmax=1, rasterized=True)
+                ax.set(title=f"{net} ({count(len(group), 'seed')})", aspect="equal")
+                ax.grid(False)
+        row[0].set_ylabel(f"{textwrap.fill(c.label, 25)}\nthousand steps")
     bar = figure.colorbar(image, ax=axes, location="bottom", shrink=0.5, aspect=40, pad=0.02)
-    bar.set_label("SAD (share of active weights)", fontsize=8)
-    bar.ax.tick_params(labelsize=8)
+    bar.set_label("SAD (share of active weights)")
     return figure
 
 
-def draw_ages(study: Study, resamples: int) -> Figure | None:
-    """2: share of weights ever active, and age of the active ones."""
-    kept = {
-        label: [run.topology for run in study.configurations[label] if run.topology] for label in moving_labels(study)
-    }
-    kept = {label: topologies for label, topologies in kept.items() if topologies}
-    if not kept:
-        return None
-    title = f"Which weights were ever active, and for how long: {study.name}"
-    figure, axes = new_figure(title, 2, 3, 5, sharex=True, sharey="row")
-    total = dict(study.setting)["total_timesteps"] * 1e-3
-    for ax, net in zip(axes.T, NETS, strict=True):
-        for label, topologies in kept.items():
-            band(ax[0], study, label, [pd.Series(t.ever[net], t.steps) for t in topologies], resamples)
-            bounds = [pd.concat([pd.Series(t.age[net][i], t.steps) for t in topologies], axis=1, join="inner").dropna()
-                      for i in (0, 1)]  # fmt: skip
-            high, low = (iqm(bound.to_numpy(), axis=1) * 1e-3 for bound in bounds)
-            color, line = style(study, label)
-            for edge in (low, high):
-                ax[1].plot(bounds[0].index * 1e-3, edge, color=color, linestyle=LINES[line % len(LINES)], linewidth=0.8)
-        ax[1].plot([0, total], [0, total], color="0.6", linewidth=0.8, label="never replaced")
-        first = net == "actor"
-        describe(ax[0], net, "", "ever active, at least\n(share of all weights)" if first else "")
-        y_label = "mean age of the active: upper\nbound, lower estimate (k steps)" if first else ""
-        describe(ax[1], "", "thousand environment steps", y_label)
-    axes[0, 0].set_ylim(0, 1)
-    add_legend(figure)
-    return figure
-
-
-def draw_sad_against_return(study: Study, resamples: int) -> Figure | None:
+def draw_sad_return(study: Study, resamples: int) -> Figure:
     """3: each run a point."""
-    found = {label: sad_and_score(study, label) for label in moving_labels(study)}
-    found = {label: pairs for label, pairs in found.items() if len(pairs)}
-    if not found:
-        return None
     texts = correlation_texts(study, resamples)
-    figure, axes = new_figure(
-        f"Does settling go with return? {study.name}", 1, 1, 3.8 + 0.2 * (len(found) + len(texts))
-    )
-    for label, pairs in found.items():
-        color, number = style(study, label)
-        text = f"{label} ({count(len(pairs), 'run')})"
-        axes[0, 0].scatter(*pairs.T, color=color, marker=MARKERS[number % 8], s=22, label=text, alpha=0.8)
-    x_label = f"settled SAD: from the mask {study.window:,.0f} steps before the end to the last (of active weights)"
-    describe(axes[0, 0], "", x_label, "final score")
-    axes[0, 0].set_title("\n".join(textwrap.fill(text, 100) for text in texts), fontsize=8, loc="left")
-    add_legend(figure)
-    return figure
+    height = 3.8 + 0.2 * (len(study.moving) + len(texts))
+    figure, ((ax,),) = new_figure(f"Does settling go with return? {study.name}", 1, 1, height)
+    for c in study.moving:
+        label = f"{c.label} ({count(len(study.pairs(c)), 'run')})"
+        ax.scatter(*study.pairs(c).T, color=c.look["color"], marker=c.marker, s=22, alpha=0.8, label=label)
+    what = f"SAD from the mask {study.window:,.0f} steps before the last refresh to the final one"
+    ax.set(xlabel=f"settled {what} (of active)", ylabel="final score")
+    ax.set_title("\n".join(textwrap.fill(text, 100) for text in texts), fontsize=8, loc="left")
+    return add_legend(figure)
 
 
 def draw_interval(study: Study, resamples: int) -> Figure | None:
-    """4: mask-update interval K against return and SAD, for each pattern that was run with several K."""
-    groups = {}
-    for label in sparse_labels(study):
-        first = study.configurations[label][0]
-        other = [word for word in label.split(", ") if not re.match("K = |static", word)]
-        groups.setdefault(", ".join(other), []).append((first.args["mask_update_interval"], label))
-    groups = {
-        name: sorted(found, key=lambda pair: pair[0] or math.inf) for name, found in groups.items() if len(found) > 1
-    }
-    if not groups:
+    """4: mask-update interval K against return and SAD, for configurations that differ in K alone."""
+    families = {}
+    for c in study.configurations:
+        if c.first.pattern != "dense":
+            family = ", ".join(word for word in c.label.split(", ") if not re.match("K = |static masks", word))
+            families.setdefault(family, {})[c.first.args.get("mask_update_interval") or math.inf] = c
+    families = {name: dict(sorted(found.items())) for name, found in families.items() if len(found) > 1}
+    if not families:
         return None
-    figure, axes = new_figure(f"How often should masks move? {study.name}", 1, 2, 3.4)
-    order = sorted({k for found in groups.values() for k, _ in found}, key=lambda k: k or math.inf)
-    for name, found in groups.items():
-        runs = [study.configurations[label] for _, label in found]
-        places = [order.index(k) for k, _ in found]
-        color, _ = style(study, found[0][1])
-        number = list(groups).index(name)
-        moved = [[run.topology.pairwise for run in group if run.topology] for group in runs]
-        sads = [np.array([np.mean([pairwise[net][0, -1] for net in NETS]) for pairwise in group]) for group in moved]
-        for ax, values in zip(axes[0], ([study.scores(label) for _, label in found], sads), strict=True):
-            middle = [iqm(v) if len(v) else math.nan for v in values]
-            low, high = np.array(
-                [interval([v], lambda d: iqm(d, axis=1), resamples) if len(v) else [math.nan] * 2 for v in values]
-            ).T
-            look = {"color": color, "marker": MARKERS[number % 8], "linestyle": LINES[number % len(LINES)]}
-            bars = [middle - low, high - middle]
-            moving = sum(k > 0 for k, _ in found)
-            ax.errorbar(places, middle, bars, capsize=3, linewidth=0, elinewidth=1.2, label=name, **look)
-            ax.plot(places[:moving], middle[:moving], linewidth=1.2, **look)  # static masks are no longer K
-    for ax in axes[0]:
-        ax.set_xticks(range(len(order)), [f"{k:,}" if k else "static" for k in order])
-    describe(axes[0, 0], "", "K, critic updates between refreshes", "final score (IQM, 95 % interval)")
-    describe(
-        axes[0, 1],
-        "",
-        "K, critic updates between refreshes",
-        "SAD of the last to the first mask\n(share of active weights)",
-    )
-    add_legend(figure)
-    return figure
+    order = sorted({K for found in families.values() for K in found})
+    figure, (axes,) = new_figure(f"How often should masks move? {study.name}", 1, 2, 3.4)
+    for i, (name, found) in enumerate(families.items()):
+        look = next(iter(found.values())).look | {"marker": MARKERS[i % 8], "linestyle": LINES[i % 8]}
+        scores = {K: c.scores for K, c in found.items()}
+        moved = {K: np.array([settled_sad(run, math.inf) for run in c.runs]) for K, c in found.items()}
+        for ax, values in zip(axes, (scores, moved), strict=True):
+            for K, value in values.items():
+                ax.plot([order.index(K)] * 2, interval([value], iqm, resamples), color=look["color"])
+                ax.plot(order.index(K), iqm(value), **look)
+            line = [K for K in values if K < math.inf]  # static masks are no longer K
+            ax.plot([order.index(K) for K in line], [iqm(values[K]) for K in line], label=name, **look)
+    for ax, y in zip(axes, ("final score (IQM, 95 % interval)", "SAD of the last to the first mask"), strict=True):
+        ax.set(xlabel="K, critic updates between refreshes", ylabel=y)
+        ax.set_xticks(range(len(order)), [f"{K:,}" if K < math.inf else "static" for K in order])
+    return add_legend(figure)
 
 
 def draw_returns(study: Study, resamples: int) -> Figure:
-    """5: learning curves over steps and over training time."""
-    dense = [label for label in study.configurations if label not in sparse_labels(study)]
-    patterns = dict.fromkeys(study.configurations[label][0].pattern for label in sparse_labels(study))
-    rows = []
-    for pattern in patterns:
-        own = [label for label in sparse_labels(study) if study.configurations[label][0].pattern == pattern]
-        rows += [[*dense, *own[i : i + 3]] for i in range(0, len(own), 3)]
-    rows = rows or [dense]
-    title, height = f"Return of the noise-free policy: {study.name}", 1.4 + 2 * len(rows) + 0.08 * len(study.reference)
-    figure, axes = new_figure(title, len(rows), 2, height, sharex="col", sharey=True)
-    for row, label in ((row, label) for row, labels in zip(axes, rows, strict=True) for label in labels):
-        runs = study.configurations[label]
-        curves = [run.curve("eval/episodic_return") for run in runs]
-        band(row[0], study, label, curves, resamples)
-        clocks = [
-            run.metrics["charts/wall_time_s"].loc[curve.index].to_numpy() / 60
-            for run, curve in zip(runs, curves, strict=True)
-        ]
-        end = min(clock[-1] for clock in clocks)
-        grid = np.geomspace(end / 30, end, 100)
-        timed = [pd.Series(np.interp(grid, clock, curve), grid) for clock, curve in zip(clocks, curves, strict=True)]
-        if len({(run.meta["hardware"], run.meta["threads"], run.meta["kernel"]) for run in runs}) == 1:
-            band(row[1], study, label, timed, resamples, scale=1)
-        row[1].set_xscale("log")
-        row[1].xaxis.set_major_formatter("{x:g}")
-        describe(row[0], "", "", "evaluation return\n(IQM over seeds, 95 % band)")
-    hardware = sorted({f"{run.meta['hardware']}, {count(run.meta['threads'], 'thread')}"
-                       for runs in study.configurations.values() for run in runs})  # fmt: skip
-    axes[-1, 0].set_xlabel("thousand environment steps", fontsize=8)
-    machines = "; ".join(hardware[:2]) + "; ..." * (len(hardware) > 2)
-    axes[-1, 1].set_xlabel(f"training minutes, to the first seed's end (log scale)\n{machines}", fontsize=8)
-    add_legend(figure)
-    return figure
+    """5: learning curves over steps and over training time; a row for up to three configurations of one pattern."""
+    patterns = {}
+    for c in study.configurations:
+        patterns.setdefault(c.first.pattern, []).append(c)
+    dense = patterns.pop("dense", [])
+    rows = [[*dense, *own[i : i + 3]] for own in patterns.values() for i in range(0, len(own), 3)] or [dense]
+    size = len(rows), 2, 1.4 + 2 * len(rows) + 0.08 * len(study.configurations)
+    figure, axes = new_figure(f"Return of the noise-free policy: {study.name}", *size, sharex="col", sharey=True)
+    for (left, right), c in ((row, c) for row, group in zip(axes, rows, strict=True) for c in group):
+        curves = [run.curve("eval/episodic_return") for run in c.runs]
+        band(left, c, curves, resamples)
+        if c.one_machine:
+            end = min(run.minutes for run in c.runs)
+            grid, timed = np.geomspace(end / 30, end, 100), []
+            for run, curve in zip(c.runs, curves, strict=True):
+                clock = run.metrics["charts/wall_time_s"].loc[curve.index] / 60
+                timed.append(pd.Series(np.interp(grid, clock, curve), grid))
+            band(right, c, timed, resamples, scale=1)
+        left.set_ylabel("evaluation return\n(IQM over seeds, 95 % band)")
+        right.set_xscale("log")
+        right.xaxis.set_major_formatter("{x:g}")
+    machines = "; ".join(sorted({run.machine for c in study.configurations for run in c.runs}))
+    axes[-1, 0].set_xlabel(STEPS)
+    axes[-1, 1].set_xlabel(textwrap.fill(f"training minutes, to the first seed's end (log scale), on {machines}", 60))
+    return add_legend(figure)
 
 
 def draw_scores(study: Study, resamples: int) -> Figure:
     """5: final scores, a point for each seed."""
-    labels = list(study.configurations)
-    figure, axes = new_figure(f"Final scores: {study.name}", 1, 1, 1.2 + 0.32 * len(labels))
-    ax = axes[0, 0]
-    for place, label in enumerate(labels):
-        scores, (color, _) = study.scores(label), style(study, label)
-        ax.scatter(scores, np.full(len(scores), place), color=color, s=14, alpha=0.5, linewidths=0)
-        low, high = interval([scores], lambda drawn: iqm(drawn, axis=1), resamples)
-        ax.errorbar(iqm(scores), place, xerr=[[iqm(scores) - low], [high - iqm(scores)]] if len(scores) > 1 else None,
-                    color=color, marker="|", markersize=12, capsize=3, linewidth=1.5)  # fmt: skip
-    ax.set_yticks(range(len(labels)), [f"{label} ({len(study.scores(label))})" for label in labels])
+    figure, ((ax,),) = new_figure(f"Final scores: {study.name}", 1, 1, 1.2 + 0.32 * len(study.configurations))
+    for place, c in enumerate(study.configurations):
+        color = c.look["color"]
+        ax.scatter(c.scores, [place] * len(c.runs), color=color, s=14, alpha=0.5, linewidths=0)
+        ax.plot(interval([c.scores], iqm, resamples), [place] * 2, color=color, marker="|", markersize=5)
+        ax.plot(iqm(c.scores), place, color=color, marker="|", markersize=12, markeredgewidth=1.5)
+    ax.set_yticks(range(place + 1), [f"{c.label} ({len(c.runs)})" for c in study.configurations])
     ax.invert_yaxis()
-    describe(ax, "", "mean of the last evaluations; dots: seeds, bar: IQM with 95 % interval", "configuration (seeds)")
+    ax.set(xlabel="mean of the last evaluations; dots: seeds, bar: IQM with 95 % interval")
     return figure
 
 
-FIGURES = {"returns": draw_returns, "scores": draw_scores, "sad": draw_sad, "sad_layers": draw_layers,
-           "divergence": draw_divergence, "ages": draw_ages, "sad_return": draw_sad_against_return,
-           "interval": draw_interval}  # fmt: skip
+FIGURES = {"returns": draw_returns, "scores": draw_scores, "sad": draw_sad, "sad_layers": draw_layers}
+FIGURES |= {"ages": draw_ages, "divergence": draw_divergence, "interval": draw_interval, "sad_return": draw_sad_return}
 
 
 # --- Tables -------------------------------------------------------------------------------------------------------
 
-ENOUGH = 10  # runs below which a correlation is not commented on
+ABOUT = """# Runs compared
+
+In brackets: 95 % bootstrap intervals over seeds ({resamples:,} resamples). One seed has none, and of few
+they are too narrow: of five they hold the mean in about 84 % of cases. No correction for many comparisons.
+The IQM of up to three seeds is their mean. Each configuration is compared with the dense script's and with its
+pattern's default one; of several codes of those, with the one that has the most seeds. Of dense: the ratio of the
+IQMs of all seeds, where every dense run scored above zero. Gain: mean difference of the scores of equal seeds (in
+pairs). P better: probability that a run scores more than a dense one. Minutes: of training, where all seeds ran on
+the same hardware, threads and kernel. Settled SAD: mean over seeds. Settled step: from there on the mask is within
+10 % of the final one, at the latest (median; inf: only the final mask is).
+"""
+HIDDEN = f"setting|script|exp_name|n|m|kernel|.*_low|.*_high|{'|'.join(DEFAULTS)}"  # columns of summary.csv alone
+COLUMNS = "dense of_dense gain gain_pairs p_better default default_gain default_gain_pairs".split()
 
 
 def count(number: int, what: str) -> str:
     return f"{number} {what}{'s' * (number != 1)}"
 
 
-def sad_and_score(study: Study, label: str) -> np.ndarray:
-    """[runs, 2]: settled SAD and final score, of the runs that have both."""
-    pairs = np.array([(run.settled_sad(study.window), run.score) for run in study.configurations[label]])
-    return pairs[~np.isnan(pairs).any(axis=1)]
+def span(row: dict, key: str) -> str:
+    """A number of a row, to three digits if not whole, with its interval if it has one."""
+    if isinstance(row[key], str):
+        return row[key]
+    found = [row[name] for name in (key, f"{key}_low", f"{key}_high") if not pd.isna(row.get(name))]
+    texts = [f"{x:,.0f}" if abs(x) >= 100 or float(x).is_integer() else f"{x:.3g}" for x in found]
+    return "".join(texts[:1]) + f" [{', '.join(texts[1:])}]" * (len(texts) > 1)
 
 
 def correlation_texts(study: Study, resamples: int) -> list[str]:
     """For each N:M pattern and for all together; static masks, which have no SAD, are left out."""
-    groups = {}
-    for label in moving_labels(study):
-        groups.setdefault(study.configurations[label][0].pattern, []).append(sad_and_score(study, label))
+    groups, texts = {}, []
+    for c in study.moving:
+        groups.setdefault(c.first.pattern, []).append(study.pairs(c))
     if len(groups) > 1:
         groups["all N:M"] = [*itertools.chain(*groups.values())]
-    return [f"{name}: {correlation_text(found, resamples)}" for name, found in groups.items()]
-
-
-def correlation_text(groups: list[np.ndarray], resamples: int) -> str:
-    """What configurations [runs, 2] say together: within them, and over all runs, where configurations differ too."""
-    every = sum(map(len, groups))
-    groups = [group for group in groups if len(group) > 1 and (np.ptp(group, axis=0) > 0).all()]
-    total = sum(map(len, groups))
-    if total < 3:
-        return f"{count(every, 'run')}, too few to correlate"
-    rho, (low, high) = correlation(groups, resamples)
-    limits = f" [{low:+.2f}, {high:+.2f}]" if total >= ENOUGH else f" (too few runs to conclude, {ENOUGH} needed)"
-    text = f"rank correlation {rho:+.2f}{limits}, {count(total, 'run')}"
-    if len(groups) > 1:
-        across, _ = correlation([np.concatenate(groups)], 1)
-        text += f", within {len(groups)} configurations; over all runs {across:+.2f}, confounded by configuration"
-    return text
-
-
-def relative(scores: np.ndarray, dense: np.ndarray) -> np.ndarray:
-    """IQM over IQM of dense, [resamples, runs] each -> [resamples]."""
-    return iqm(scores, axis=1) / iqm(dense, axis=1)
-
-
-def paired_difference(runs: list[Run], others: list[Run], resamples: int) -> dict[str, float]:
-    """Mean difference of the scores of equal seeds, with its interval and the number of pairs."""
-    by_seed = {run.args["seed"]: run.score for run in others}
-    paired = np.array([run.score - by_seed[run.args["seed"]] for run in runs if run.args["seed"] in by_seed])
-    row = {"pairs": len(paired)}
-    if len(paired):
-        row["difference"] = paired.mean()
-        row["difference_low"], row["difference_high"] = interval([paired], lambda d: d.mean(axis=1), resamples)
-    return row
-
-
-def variant_texts(study: Study, resamples: int) -> list[str]:
-    """Each N:M configuration against its pattern's default one, such as other K against K = 1000."""
-    texts = []
-    for label in sparse_labels(study):
-        pattern = study.configurations[label][0].pattern
-        if label != pattern and pattern in study.configurations:
-            row = paired_difference(study.configurations[label], study.configurations[pattern], resamples)
-            if row["pairs"]:
-                limits = [row["difference_low"], row["difference_high"]]
-                limits = "" if np.isnan(limits).any() else f" [{limits[0]:+,.0f}, {limits[1]:+,.0f}]"
-                texts.append(f"{label}: {row['difference']:+,.0f}{limits}, {count(row['pairs'], 'pair')}")
+    for name, found in groups.items():
+        found = [pairs for pairs in found if len(pairs) > 1 and (np.ptp(pairs, axis=0) > 0).all()]
+        total = sum(map(len, found))
+        text = f"{name}: {count(total, 'run')} with different SAD, too few to correlate"
+        if total >= 3:
+            rho = estimate("rho", found, correlation, resamples)
+            rho = span(rho, "rho") if total >= 10 else f"{rho['rho']:.2f} (too few runs to conclude)"
+            text = f"{name}: rank correlation {rho}, {count(total, 'run')} of {count(len(found), 'configuration')}"
+        texts.append(text)
     return texts
 
 
-def configuration_row(study: Study, label: str, resamples: int) -> dict:
-    runs, scores = study.configurations[label], study.scores(label)
-    row = {"setting": study.name, "configuration": label} | {name: runs[0].args.get(name) for name in METHOD}
-    row |= {"seeds": len(runs), "final_score_iqm": iqm(scores)}
-    row["low"], row["high"] = interval([scores], lambda drawn: iqm(drawn, axis=1), resamples)
-    reference = study.reference.get(label)
-    if reference and reference != label:
-        dense = study.scores(reference)
-        row["dense"] = reference
-        if (dense > 0).all():  # a share of a negative return means nothing
-            row["of_dense"] = iqm(scores) / iqm(dense)
-            row["of_dense_low"], row["of_dense_high"] = interval([scores, dense], relative, resamples)
-        row |= paired_difference(runs, study.configurations[reference], resamples)
-        row["p_better"] = float(better(scores, dense))
-        row["p_better_low"], row["p_better_high"] = interval([scores, dense], better, resamples)
-    stats = runs[0].meta
-    row["params_active"] = stats["params_active"]
-    row["mflops_per_update"] = stats["flops_per_update"]["sparse"] / 1e6
-    minutes = statistics.median(run.metrics["charts/wall_time_s"].iloc[-1] / 60 for run in runs)
-    alike = len({(run.meta["hardware"], run.meta["threads"], run.meta["kernel"]) for run in runs}) == 1
-    row["training_minutes"] = minutes if alike else math.nan
-    row["kernel"] = ", ".join(sorted({run.meta["kernel"] for run in runs}))
-    sads = [run.settled_sad(study.window) for run in runs if run.pattern != "dense"]
-    sads = [sad for sad in sads if not math.isnan(sad)]
-    row["settled_sad"] = statistics.fmean(sads) if sads else math.nan
-    for net in NETS:
-        steps = [settled_step(run.topology.pairwise[net], run.topology.steps) for run in runs if run.topology]
-        row[f"settled_step_{net}"] = (
-            statistics.median_high(math.inf if math.isnan(s) else s for s in steps) if steps else math.nan
-        )
+def paired_difference(key: str, c: Configuration, other: Configuration, resamples: int) -> dict[str, float]:
+    """Mean difference of the scores of equal seeds, with its interval and the number of pairs."""
+    seeds = ([run.args["seed"] for run in one.runs] for one in (c, other))
+    _, own, others = np.intersect1d(*seeds, return_indices=True)
+    gains = c.scores[own] - other.scores[others]
+    row = estimate(key, [gains], lambda drawn: drawn.mean(axis=1), resamples) if len(gains) else {}
+    return row | {f"{key}_pairs": len(gains)}
+
+
+def configuration_row(study: Study, c: Configuration, resamples: int) -> dict:
+    meta, args, dense = c.first.meta, c.first.args, study.dense(c)
+    row = {"setting": study.name, "configuration": c.label, "script": meta["script"], "exp_name": args["exp_name"]}
+    row |= {name: args.get(name) for name in ("n", "m", *DEFAULTS)} | {"seeds": len(c.runs)}
+    row |= estimate("final_score_iqm", [c.scores], iqm, resamples) | dict.fromkeys(COLUMNS)  # in this order
+    if dense and dense is not c:
+        row |= {"dense": dense.label} | paired_difference("gain", c, dense, resamples)
+        row |= estimate("p_better", [c.scores, dense.scores], better, resamples)
+        if (dense.scores > 0).all():  # a share of a negative return means nothing
+            row |= estimate("of_dense", [c.scores, dense.scores], relative, resamples)
+    default = study.plain(c.first.pattern, c.first.width)  # such as 1:8, for 1:8 with another K
+    if default and default is not c and c.first.pattern != "dense":
+        row |= {"default": default.label} | paired_difference("default_gain", c, default, resamples)
+    row |= {"active_parameters": meta["params_active"], "mflop_per_update": c.first.flops / 1e6}
+    row["minutes"] = statistics.median(run.minutes for run in c.runs) if c.one_machine else math.nan
+    row["kernel"] = ", ".join(sorted({run.meta["kernel"] for run in c.runs}))
+    row["settled_sad"] = pd.Series(study.pairs(c)[:, 0]).mean()
+    for net in study.nets:
+        steps = [settled_step(run.masks[net]) for run in c.runs if net in run.masks]
+        row[f"settled_step/{net}"] = statistics.median_high(steps) if steps else math.nan
     return row
 
 
 def pooled_rows(studies: list[Study], resamples: int) -> list[dict]:
-    """Dense-normalised scores over the environments of otherwise equal settings: IQM, stratified by environment.
+    """Scores relative to dense over the environments of otherwise equal settings: IQM, stratified by environment.
 
     Environments in which a dense run scored below zero are not in it; the others count by their number of seeds.
     """
-    rows, settings = [], {}
+    rows, pools = [], {}
     for study in studies:
-        values = dict(study.setting)
-        rest = tuple(pair for pair in study.setting if pair[0] != "env_id")
-        for label, reference in study.reference.items():
-            if label != reference and (study.scores(reference) > 0).all():
-                found = (values["env_id"], study.scores(label), study.scores(reference))
-                settings.setdefault((rest, study.name.partition(", ")[2], label), []).append(found)
-    for (_, other, label), found in settings.items():
-        if len(found) < 2:
-            continue
-        names, *pairs = zip(*found, strict=True)
-        found = [*zip(*pairs, strict=True)]
-
-        def pooled(*drawn):  # scores and dense scores, in turns; axis 1 are the runs
-            parts = [x / iqm(dense, axis=1)[:, None] for x, dense in zip(drawn[::2], drawn[1::2], strict=True)]
-            return iqm(np.concatenate(parts, axis=1), axis=1)
-
-        groups = [*itertools.chain(*found)]
-        row = {"setting": f"{' + '.join(names)}, {other}: relative to dense", "configuration": label}
-        row["seeds"] = " + ".join(str(len(scores)) for scores, _ in found)
-        row["of_dense"] = float(pooled(*(group[None] for group in groups))[0])
-        row["of_dense_low"], row["of_dense_high"] = interval(groups, pooled, resamples)
-        rows.append(row)
+        env_id, _, rest = study.name.partition(", ")
+        for c in study.configurations:
+            dense = study.dense(c)
+            if dense and dense is not c and (dense.scores > 0).all():
+                pool = pools.setdefault((rest, c.label, c.first.code, dense.first.code), {})
+                pool[env_id] = c.scores, dense.scores
+    for (rest, label, *_), found in pools.items():
+        if len(found) > 1:
+            names, seeds = " + ".join(found), " + ".join(str(len(scores)) for scores, _ in found.values())
+            row = {"setting": f"{names}, {rest}: relative to dense", "configuration": label, "seeds": seeds}
+            rows.append(row | estimate("of_dense", [*itertools.chain(*found.values())], relative, resamples))
     return rows
 
 
-def describe_conditions(study: Study) -> list[str]:
-    """What the numbers may depend on besides the setting: once if it is the same everywhere, else by configuration."""
+def condition_texts(study: Study) -> list[str]:
+    """What the numbers may depend on besides the setting, and the configurations that ran so."""
+    found = {}
+    for label, run in [(c.label, run) for c in study.configurations for run in c.runs]:
+        meta, versions = run.meta, run.meta["versions"]
+        parts = [f"commit {meta.get('commit')}{' and changes' * bool(meta.get('dirty'))}"]
+        parts += [f"code {meta['code']}"] if "code" in meta else []
+        parts += [f"{name} {versions.get(name)}" for name in ("torch", "gymnasium", "mujoco", "numpy")]
+        parts += [f"kernel {meta['kernel']}, on {run.machine}"]
+        found.setdefault(", ".join(parts), {})[label] = None
+    return [f"{text}: {'; '.join(labels)}" for text, labels in found.items()]
 
-    def condition(run: Run) -> dict[str, str]:
-        commit = f"{run.meta.get('commit')}{' and changes' * bool(run.meta.get('dirty'))}"
-        versions = {name: run.meta["versions"].get(name) for name in ("torch", "gymnasium", "mujoco", "numpy")}
-        found = {"commit": commit} | versions | {"kernel": run.meta["kernel"]}
-        return {k: str(v) for k, v in found.items()} | {"on": f"{run.meta['hardware']}, threads {run.meta['threads']}"}
 
-    found = {label: [condition(run) for run in runs] for label, runs in study.configurations.items()}
-    every = [*itertools.chain(*found.values())]
-    same = {key for key in every[0] if len({one[key] for one in every}) == 1}
-    lines = [", ".join(f"{key} {value}" for key, value in every[0].items() if key in same)]
-    others = {}
-    for label, ones in found.items():
-        parts = [f"{key} {' or '.join(sorted({one[key] for one in ones}))}" for key in every[0] if key not in same]
-        others.setdefault(", ".join(parts), []).append(label)
-    lines += [f"{text}: {'; '.join(labels)}" for text, labels in others.items() if text]
+def study_lines(study: Study, resamples: int) -> list[str]:
+    """What stands below a study's table."""
+    lines, alone = [], [c.label for c in study.configurations if c.first.pattern != "dense" and not study.dense(c)]
+    settled = f"Settled SAD (from the mask {study.window:,.0f} steps before the last refresh to the final one)"
+    sections = {
+        "Not compared with dense, for want of dense runs of the same setting and width:": alone,
+        f"{settled} and final score, within configurations:": correlation_texts(study, resamples),
+        "Ran on:": condition_texts(study),
+    }
+    for title, texts in sections.items():
+        lines += [title, "", *(f"- {text}" for text in texts), ""] if texts else []
     return lines
 
 
-def table_line(cells: list) -> str:
-    return "| " + " | ".join(map(str, cells)) + " |"
-
-
-def write_summary(out: Path, studies, skipped, unmatched, resamples: int) -> pd.DataFrame:
-    rows = [configuration_row(study, label, resamples) for study in studies for label in study.configurations]
+def write_summary(out: Path, studies: list[Study], skipped: list[tuple[str, str]], resamples: int) -> pd.DataFrame:
+    """Write summary.csv and summary.md; returns the table."""
+    rows = [configuration_row(study, c, resamples) for study in studies for c in study.configurations]
     frame = pd.DataFrame(rows + pooled_rows(studies, resamples))
     frame.to_csv(out / "summary.csv", index=False)
-
-    def span(row, key: str, digits: int = 0, low: str = "", high: str = "") -> str:
-        if pd.isna(row.get(key)):
-            return ""
-        ends = [row.get(low or f"{key}_low"), row.get(high or f"{key}_high")]
-        numbers = "" if any(map(pd.isna, ends)) else f" [{ends[0]:,.{digits}f}, {ends[1]:,.{digits}f}]"
-        return f"{row[key]:,.{digits}f}{numbers}"
-
-    lines = [
-        "# Runs compared",
-        "",
-        f"In brackets: 95 % bootstrap intervals over seeds ({resamples:,} resamples). One seed has none, and of few",
-        "they are too narrow: of five they hold the mean in about 84 % of cases. No correction for many comparisons.",
-        "The IQM of up to three seeds is their mean. Of dense: the ratio of the IQMs of all seeds, where every dense",
-        "run scored above zero; differences: means over the seeds that both have. Minutes: of training, where all",
-        "seeds ran on the same hardware, threads and kernel. Settled SAD: mean over seeds; the step: median.",
-        "",
-    ]
-    for setting, part in frame.groupby("setting", sort=False):
-        lines += [f"## {setting}", ""]
-        header = """configuration / seeds / final score (IQM) / of dense / mean difference to dense, by seed
-            / P(better than dense) / active parameters / MFLOP per update / minutes / settled SAD
-            / within 10 % of the final mask at the latest from step: actor, qf1, qf2"""
-        header = [" ".join(cell.split()) for cell in header.split("/")]
-        lines += [table_line(header), table_line(["---"] * len(header))]
-        for row in part.to_dict("records"):
-            whole = [row.get(key) for key in ("params_active", "mflops_per_update", "training_minutes", "settled_sad")]
-            numbers = [
-                "" if pd.isna(x) else f"{x:{f}}" for x, f in zip(whole, (",.0f", ",.0f", ".1f", ".4f"), strict=True)
-            ]
-            settled = [row.get(f"settled_step_{net}") for net in NETS]
-            settled = ["the last" if x == math.inf else f"{x:,.0f}" for x in settled if not pd.isna(x)]
-            pairs = f" ({count(int(row['pairs']), 'pair')})" if not pd.isna(row.get("pairs")) and row["pairs"] else ""
-            scores = [span(row, "final_score_iqm", low="low", high="high"), span(row, "of_dense", 2)]
-            scores += [span(row, "difference") + pairs, span(row, "p_better", 2)]
-            lines.append(table_line([row["configuration"], row["seeds"], *scores, *numbers, ", ".join(settled)]))
-        lines.append("")
-        for study in studies:
-            if study.name == setting:
-                if moving_labels(study):
-                    about = f"Settled SAD (from the mask {study.window:,.0f} steps before the end to the final one)"
-                    lines += [f"{about} against final score, each run a point:", ""]
-                    lines += [*(f"- {text}" for text in correlation_texts(study, resamples)), ""]
-                if variants := variant_texts(study, resamples):
-                    lines += ["Mean difference to the pattern's default configuration, by seed:", ""]
-                    lines += [*(f"- {text}" for text in variants), ""]
-                lines += ["Ran on:", "", *(f"- {text}" for text in describe_conditions(study)), ""]
-    for title, pairs in (("Skipped", skipped), ("Not compared with dense", unmatched)):
-        if pairs:
-            lines += [f"## {title}", "", *(f"- {name}: {reason}" for name, reason in pairs), ""]
+    lines, notes = [ABOUT.format(resamples=resamples)], {study.name: study_lines(study, resamples) for study in studies}
+    for name, part in frame.groupby("setting", sort=False):
+        keys = [key for key in part.dropna(axis=1, how="all") if not re.fullmatch(HIDDEN, key)]
+        cells = [[key.replace("_", " ") for key in keys], ["---"] * len(keys)]
+        cells += [[span(row, key) for key in keys] for row in part.to_dict("records")]
+        lines += [f"## {name}", "", *(f"| {' | '.join(line)} |" for line in cells), "", *notes.get(name, [])]
+    if skipped:
+        lines += ["## Skipped", "", *(f"- {name}: {reason}" for name, reason in skipped), ""]
     (out / "summary.md").write_text("\n".join(lines))
     return frame
 
@@ -1071,48 +886,42 @@ def log_wandb(args: Args, job: str, out: Path, tables: dict[str, list[dict]], fi
 # --- end shared ---
 
 
+def draw(study: Study, out: Path, resamples: int) -> list[Path]:
+    """Write the figures of a study as PNG and SVG; returns the PNGs."""
+    names = FIGURES if study.moving else ("returns", "scores")
+    figures = {name: figure for name in names if (figure := FIGURES[name](study, resamples))}
+    if missing := [name for name in FIGURES if name not in figures]:
+        reason = "for want of refreshed masks (interval: of several K)"
+        print(f"note: not drawn of {study.name}, {reason}: {', '.join(missing)}", file=sys.stderr)
+    file = re.sub(r"[^a-zA-Z0-9_.-]+", "_", study.name)
+    for name, kind in itertools.product(figures, ("png", "svg")):
+        figures[name].savefig(out / f"{file}_{name}.{kind}", dpi=150)
+    return [out / f"{file}_{name}.png" for name in figures]
+
+
 def analyse(args: Args, folders: list[Path], skipped: list[tuple[str, str]]) -> None:
     """Read, compare, draw and write; `skipped`: runs that could not be had, with the reason."""
     runs, bad = load_all(folders)
-    skipped = skipped + bad
+    for run in runs if args.pool_code else ():
+        run.code = ""
+    studies, replaced = make_studies(runs)
+    skipped = skipped + bad + replaced
     for name, reason in skipped:
         print(f"skipped {name}: {reason}", file=sys.stderr)
     if not runs:
-        raise UserError(
-            f"no finished runs among {len(folders) or len(skipped)} in {' '.join(args.runs) or args.wandb_project_name}"
-        )
-    studies, unmatched = make_studies(runs)
-    for name, reason in unmatched:
-        print(f"not compared {name}: {reason}", file=sys.stderr)
-    if any(run.meta["n"] is not None and run.topology is None for run in runs):
-        print("note: N:M runs without masks.npz are not in the figures of masks", file=sys.stderr)
-    out, figures, missing = Path(args.out), [], {}
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-        frame = write_summary(out, studies, skipped, unmatched, args.resamples)
-        jobs = [(study, name) for study in studies for name in FIGURES]
-        for study, name in tqdm(jobs, desc="drawing", unit="figure", delay=2, disable=not sys.stderr.isatty()):
-            figure = FIGURES[name](study, args.resamples)
-            if figure is None:
-                missing.setdefault(study.name, []).append(name)
-            else:
-                figures.append(out / f"{study.file}_{name}.png")
-                for path in (figures[-1], figures[-1].with_suffix(".svg")):
-                    figure.savefig(path, dpi=150)
-        if args.thin:
-            for study in studies:
-                for run in itertools.chain(*study.configurations.values()):
-                    thin_run(run, Path(args.thin), study.window)
-    except OSError as error:
-        raise UserError(f"{args.out}{f' or {args.thin}' if args.thin else ''} can't be written: {error}") from None
-    for name, kinds in missing.items():
-        reason = "for want of refreshed masks (interval: of several K)"
-        print(f"note: not drawn of {name}, {reason}: {', '.join(kinds)}", file=sys.stderr)
+        raise UserError(f"no usable run ({len(skipped)} skipped, see above): name folders of finished runs")
+    out, figures = Path(args.out), []
+    out.mkdir(parents=True, exist_ok=True)
+    frame = write_summary(out, studies, skipped, args.resamples)
+    for study in studies:
+        figures += draw(study, out, args.resamples)
+        for run in itertools.chain(*(c.runs for c in study.configurations)) if args.thin else ():
+            thin_run(run, Path(args.thin), study.window)
     print((out / "summary.md").read_text())
     if args.track:
         table = frame.astype(object).where(frame.notna(), None).to_dict("records")
         log_wandb(args, "analysis", out, {"summary": table}, figures)
-    print(f"{count(len(runs), 'run')}, {len(skipped)} skipped: figures and tables are in {out}")
+    print(f"{count(len(runs) - len(replaced), 'run')}, {len(skipped)} skipped: figures and tables are in {out}")
 
 
 def main() -> int:
@@ -1126,19 +935,15 @@ def main() -> int:
         if bool(args.runs) == bool(args.wandb_project_name) or (args.wandb_project_name and not args.wandb_entity):
             raise UserError("name run folders, or --wandb-entity and --wandb-project-name")
         with tempfile.TemporaryDirectory() as scratch:
-            skipped = []
-            if args.wandb_project_name:
-                skipped = fetch_wandb(args.wandb_entity, args.wandb_project_name, Path(scratch))
-            folders = find_folders(args.runs or (scratch,))
-            if not folders and not skipped:
-                raise UserError(f"no runs in {' '.join(args.runs) or args.wandb_project_name}")
-            analyse(args, folders, skipped)
+            from_wandb = args.wandb_entity, args.wandb_project_name, Path(scratch)
+            skipped = fetch_wandb(*from_wandb) if args.wandb_project_name else []
+            analyse(args, find_folders(args.runs or (scratch,)), skipped)
         return 0
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        return 130
+    except OSError as error:
+        print(f"error: {error}: make room or name other folders with --out and --thin", file=sys.stderr)
+    return 2
 
 
 if __name__ == "__main__":

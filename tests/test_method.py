@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
+from conftest import NETS, ROOT, SMALL
 
 PATTERNS = [(1, 4), (2, 4), (1, 8), (4, 8), (2, 8), (1, 16), (4, 4)]
 WIDTHS = [11, 16, 17, 23, 105, 113]
@@ -28,14 +29,17 @@ def test_projection_is_brute_force(rnm, n, m, width):
     W = torch.randn(9, width, generator=torch.Generator().manual_seed(width))
     W[0] = 0.5  # ties: the lower column stays
     W[1, ::2] = -W[1, ::2].abs().max()
+    W[2, :4] = 0.0  # zeros win against the filling of a ragged group
     E = rnm.project(W, n, m)
     assert E.dtype == torch.bool and E.shape == W.shape
     assert np.array_equal(E.numpy(), brute_force_mask(W.numpy(), n, m))
     kept = n * (width // m) + min(n, width % m)
     assert E.sum(1).tolist() == [kept] * 9
-    layer = rnm.NMLinear(nn.Linear(width, 9), n, m)
-    assert layer.index.shape == layer.values.shape == (9, kept) and (layer.index.diff(dim=1) > 0).all()
-    assert torch.equal(layer.E, torch.zeros_like(layer.E).scatter(1, layer.index, True))
+    linear = nn.Linear(width, 9)
+    linear.weight.data.copy_(W)
+    layer = rnm.NMLinear(linear, n, m)
+    assert torch.equal(layer.E, E) and layer.active_weights.shape == (9 * kept,)
+    assert torch.equal(layer.active_weights, W[E]) and torch.equal(layer.weight, W * E)  # row after row
 
 
 def test_layer_is_a_linear_layer_with_zeros(rnm):
@@ -48,14 +52,38 @@ def test_layer_is_a_linear_layer_with_zeros(rnm):
     y = layer(x)
     expected = x @ W.T + dense.bias
     assert torch.allclose(y, expected, rtol=0, atol=1e-14)
+    assert {name for name, _ in layer.named_parameters()} == {"active_weights", "bias"}
     gy = torch.randn_like(y)
-    gx, gflat = torch.autograd.grad(y, [x, layer.flat], gy)
-    ex, ew = torch.autograd.grad(expected, [x, W], gy)
-    expected = torch.cat([ew.gather(1, layer.index).flatten(), gy.sum(0)])
-    assert torch.allclose(gx, ex, atol=1e-14) and torch.allclose(gflat, expected, atol=1e-14)
+    gx, g_active, g_bias = torch.autograd.grad(y, [x, layer.active_weights, layer.bias], gy)
+    ex, ew, eb = torch.autograd.grad(expected, [x, W, dense.bias], gy)
+    for got, wanted in ((gx, ex), (g_active, ew[E]), (g_bias, eb)):
+        assert got.shape == wanted.shape and torch.allclose(got, wanted, rtol=0, atol=1e-14)
     assert torch.autograd.gradcheck(
-        lambda x, v: torch.func.functional_call(layer, {"flat": v}, (x,)), (x, layer.flat.detach().requires_grad_())
+        lambda x, v, b: torch.func.functional_call(layer, {"active_weights": v, "bias": b}, (x,)),
+        (x, layer.active_weights.detach().requires_grad_(), layer.bias.detach().requires_grad_()),
     )
+
+
+def test_masks_whose_rows_differ_in_length(rnm):
+    """A mask with the same total works whatever its rows keep; another total or shape is an error with its cause."""
+    layer = rnm.NMLinear(nn.Linear(12, 5), 1, 4)  # keeps 3 in each of 5 rows
+    W = torch.randn(5, 12)
+    E = torch.zeros(5, 12, dtype=torch.bool)
+    E[0], E[3, 2], E[4, [0, 11]] = True, True, True  # 12, 0, 0, 1 and 2
+    layer.set_mask(E)
+    with torch.no_grad():
+        layer.active_weights.copy_(W[E])
+    assert torch.equal(layer.E, E) and torch.equal(layer.weight, W * E)
+    x = torch.randn(7, 12)
+    assert torch.allclose(layer(x), x @ (W * E).T + layer.bias, atol=1e-6)
+    more, wide = E.clone(), torch.zeros(5, 13, dtype=torch.bool)
+    more[1, 1] = True
+    wide[:, :3] = True  # as many in all
+    with pytest.raises(ValueError, match=r"must keep 15, not 16"):
+        layer.set_mask(more)
+    with pytest.raises(ValueError, match=r"mask.*5, 12"):
+        layer.set_mask(wide)
+    assert torch.equal(layer.E, E)  # what was refused changed nothing
 
 
 def test_sad_by_hand(rnm):
@@ -75,41 +103,76 @@ def test_sad_by_hand(rnm):
     assert row["sad_count/qf1"] == 1 and row["sad/qf2"] == 1 / 2
 
 
-def make_agent(rnm, **changes):
-    args = rnm.Args(env_id="Reach-v0", hidden_dim=16, batch_size=16, track=False, **changes)
-    env = rnm.make_env(args.env_id)
-    agent = rnm.make_agent(*rnm.make_networks(args, env, 0), args.learning_rate)
-    rb = rnm.ReplayBuffer(1000, env, "cpu")
-    rng = rnm.make_generators(0, "cpu")
+@pytest.mark.parametrize("sparse_head", [False, True])
+def test_which_layers_are_sparse(rnm, sparse_head):
+    agent = make_agent(rnm, sparse_head=sparse_head)[2]
+    for name in NETS:
+        head = "fc_mu" if "actor" in name else "fc3"
+        layers = dict(getattr(agent, name).net.named_children())
+        sparse = [key for key, layer in layers.items() if isinstance(layer, rnm.NMLinear)]
+        assert sparse == ["fc1", "fc2", head][: 2 + sparse_head]
+        assert type(layers[head]) is (rnm.NMLinear if sparse_head else nn.Linear)
+
+
+def make_agent(script, **changes):
+    """(args, env, agent, replay with 500 random transitions, generators)"""
+    args = script.Args(env_id="Reach-v0", hidden_dim=16, batch_size=16, track=False, **changes)
+    env = script.make_env(args.env_id)
+    torch.manual_seed(0)
+    networks = script.make_networks(args, env)
+    if hasattr(script, "sparsify"):
+        networks = {name: script.sparsify(net, args) for name, net in networks.items()}
+    agent = script.Agent(networks, args.learning_rate)
+    rb = script.ReplayBuffer(1000, script.transition_columns(env), "cpu")
+    rng = script.make_generators(0, "cpu")
     obs, _ = env.reset(seed=0)
     env.action_space.seed(0)
     for _ in range(500):
         action = env.action_space.sample()
-        next_obs, reward, terminated, *_ = env.step(action)
-        rb.add(obs, next_obs, action, reward, terminated)
-        obs = next_obs
+        next_obs, reward, terminated, truncated, _ = env.step(action)
+        rb.add(observations=obs, actions=action, next_observations=next_obs, rewards=reward, dones=terminated)
+        obs = env.reset()[0] if terminated or truncated else next_obs
     return args, env, agent, rb, rng
 
 
-def stores(rnm, agent):
-    nets = [net for net in vars(agent).values() if isinstance(net, nn.Module)]
-    return [(layer, layer.W.clone(), layer.E.clone()) for net in nets for layer in rnm.nm_layers(net).values()]
+def nm_layers(rnm, agent):
+    """(name of the network, layer) of all N:M layers of the six networks."""
+    modules = [(name, layer) for name in NETS for layer in getattr(agent, name).modules()]
+    return [(name, layer) for name, layer in modules if isinstance(layer, rnm.NMLinear)]
+
+
+def dense_values(layer):
+    """What W holds once the active weights are written back."""
+    return torch.where(layer.E, layer.weight, layer.W).detach()
+
+
+def scattered(layer, packed):
+    return torch.zeros_like(layer.W).masked_scatter(layer.E, packed.detach())
+
+
+def shrink_first_of_each_row(layer):
+    """Push one active weight of each row out of its group; returns where they are."""
+    victims = torch.zeros_like(layer.E)
+    victims[torch.arange(len(victims)), layer.E.int().argmax(1)] = True
+    with torch.no_grad():
+        layer.active_weights[victims[layer.E]] = 0.0
+    return victims
 
 
 def test_inactive_weights_rest_for_1000_adam_steps(rnm):
     args, _, agent, rb, rng = make_agent(rnm, n=1, m=4)
-    before = stores(rnm, agent)
+    layers = [layer for _, layer in nm_layers(rnm, agent)]
+    before = [(layer, layer.W.clone(), layer.E, layer.active_weights.detach().clone()) for layer in layers]
     assert len(before) == 12  # two N:M layers in each of six networks
-    start = [layer.values.detach().clone() for layer, _, _ in before]
     for update in range(1, 1001):
         rnm.update_agent(agent, rb, args, rng, update)
-    for (layer, W, E), values in zip(before, start, strict=True):
+    for layer, W, E, values in before:
         assert torch.equal(layer.W[~E], W[~E]) and torch.equal(layer.E, E)
-        assert not torch.equal(layer.values, values)  # while the active ones moved
+        assert not torch.equal(layer.active_weights, values)  # while the active ones moved
         assert (layer.weight[~E] == 0).all()
     rnm.refresh_masks(agent)
     changed = 0
-    for layer, W, E in before:
+    for layer, W, E, _ in before:
         resting, returned = ~E & ~layer.E, ~E & layer.E
         changed += int(returned.sum())
         assert torch.equal(layer.W[resting], W[resting])
@@ -117,64 +180,88 @@ def test_inactive_weights_rest_for_1000_adam_steps(rnm):
     assert changed > 0
 
 
-def test_moments_travel_with_their_weights(rnm):
+def test_a_refresh_takes_the_mask_from_what_was_learned(rnm):
+    """The new mask is P_{N:M} of W with the active weights written back, for each online network; targets follow."""
+    args, _, agent, rb, rng = make_agent(rnm, n=2, m=4, learning_rate=0.01)
+    for update in range(1, 101):
+        rnm.update_agent(agent, rb, args, rng, update)
+    before = {name: [] for name in NETS}
+    for name, layer in nm_layers(rnm, agent):
+        before[name].append((layer, dense_values(layer), layer.E))
+    rnm.refresh_masks(agent)
+    for online, target in zip(NETS[:3], NETS[3:], strict=True):
+        moved = 0
+        for (layer, W, old_E), (copied, target_W, _) in zip(before[online], before[target], strict=True):
+            E = torch.from_numpy(brute_force_mask(W.numpy(), 2, 4))
+            assert torch.equal(layer.E, E) and torch.equal(layer.weight, W * E)
+            assert torch.equal(copied.E, E) and torch.equal(copied.weight, target_W * E)  # D3: a W of its own
+            assert not torch.equal(copied.active_weights, layer.active_weights)
+            moved += int((E != old_E).sum())
+        assert moved > 0, online
+
+
+@pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.AdamW])
+def test_moments_travel_with_their_weights(rnm, optimizer):
     args, _, agent, rb, rng = make_agent(rnm, n=1, m=4)
+    if optimizer is not torch.optim.Adam:  # as a fork would: the list of networks holds the optimizer, too
+        agent.q_optimizer = optimizer([*agent.qf1.parameters(), *agent.qf2.parameters()], lr=3e-4, weight_decay=0.01)
+        agent.networks = [
+            net._replace(optimizer=agent.q_optimizer) if net.name != "actor" else net for net in agent.networks
+        ]
     rnm.refresh_masks(agent)  # before Adam's first step: no state, no failure
     assert not agent.q_optimizer.state
     for update in range(1, 201):
         rnm.update_agent(agent, rb, args, rng, update)
-    layer, state = agent.qf1.fc1, agent.q_optimizer.state[agent.qf1.fc1.flat]
-    old_index, old = layer.index.clone(), {k: layer.packed(state[k]).clone() for k in ("exp_avg", "exp_avg_sq")}
-    with torch.no_grad():  # push one active weight of each row out of its group
-        layer.values[:, 0] = 0.0
+    layer = agent.qf1.net.fc1
+    state = agent.q_optimizer.state[layer.active_weights]
+    old_E, step = layer.E, state["step"].item()
+    old = {key: scattered(layer, state[key]) for key in ("exp_avg", "exp_avg_sq")}
+    victims = shrink_first_of_each_row(layer)
     rnm.refresh_masks(agent)
-    left = layer.index[:, 0] != old_index[:, 0]
-    assert left.any()
+    left, new = victims & ~layer.E, layer.E & ~old_E
+    assert left.any() and int(new.sum()) == int((old_E & ~layer.E).sum())
     for key, moments in old.items():
-        dense = torch.zeros_like(layer.W).scatter(1, old_index, moments)
-        assert torch.equal(layer.packed(state[key]), dense.gather(1, layer.index))  # newcomers were never active: zero
-        assert (layer.packed(state[key])[left, 0] == 0).all()
+        now = scattered(layer, state[key])
+        assert torch.equal(now, moments * layer.E)  # the ones that stay keep theirs; newcomers never had any: zero
+        assert (now[new] == 0).all() and (moments[left] != 0).any()
+    assert state["step"].item() == step  # stays the tensor's
     with torch.no_grad():  # and back again: the stored moments return
-        layer.values[left, 0] = 0.0
-        layer.W.scatter_(1, old_index[:, :1], torch.full_like(layer.W[:, :1], 9.0))
+        layer.W[left] = 9.0
     rnm.refresh_masks(agent)
-    assert torch.equal(layer.index[left, 0], old_index[left, 0])
-    assert torch.equal(layer.packed(state["exp_avg"])[left, 0], old["exp_avg"][left, 0])
+    assert layer.E[left].all() and (layer.weight[left] == 9).all()
+    for key, moments in old.items():
+        assert torch.equal(scattered(layer, state[key])[left], moments[left])
 
 
-def test_a_refresh_moves_the_state_of_any_optimizer(rnm):
+def test_an_optimizer_with_unknown_moments_is_refused_by_name(rnm):
     args, _, agent, rb, rng = make_agent(rnm, n=1, m=4)
-    parameters = [*agent.qf1.parameters(), *agent.qf2.parameters()]
-    agent.q_optimizer = torch.optim.SGD(parameters, lr=1e-2, momentum=0.9)
+    agent.q_optimizer = torch.optim.SGD([*agent.qf1.parameters(), *agent.qf2.parameters()], lr=1e-2, momentum=0.9)
+    agent.networks = [
+        net._replace(optimizer=agent.q_optimizer) if net.name != "actor" else net for net in agent.networks
+    ]
     for update in range(1, 51):
         rnm.update_agent(agent, rb, args, rng, update)
-    layer, state = agent.qf1.fc2, agent.q_optimizer.state[agent.qf1.fc2.flat]
-    dense = torch.zeros_like(layer.W).scatter(1, layer.index, layer.packed(state["momentum_buffer"]))
-    with torch.no_grad():
-        layer.values[:, 0] = 0.0
-    old = layer.index.clone()
+    with pytest.raises(AttributeError, match="momentum_buffer"):
+        rnm.refresh_masks(agent)
+    for _, layer in nm_layers(rnm, agent):  # what the error asks for
+        layer.register_buffer("momentum_buffer", torch.zeros_like(layer.W))
+    layer = agent.qf1.net.fc2
+    state, old_E = agent.q_optimizer.state[layer.active_weights], layer.E
+    momentum = scattered(layer, state["momentum_buffer"])
+    shrink_first_of_each_row(layer)
     rnm.refresh_masks(agent)
-    assert not torch.equal(old, layer.index)
-    assert torch.equal(layer.packed(state["momentum_buffer"]), dense.gather(1, layer.index))
+    assert not torch.equal(old_E, layer.E)
+    assert torch.equal(scattered(layer, state["momentum_buffer"]), momentum * layer.E)
 
 
-def test_targets_have_own_weights_and_the_online_mask(rnm):
-    args, _, agent, rb, rng = make_agent(rnm, n=1, m=4)
-    for update in range(1, 101):
-        rnm.update_agent(agent, rb, args, rng, update)
-    target, online = agent.qf1_target.fc2, agent.qf1.fc2
-    before = torch.zeros_like(target.W).scatter(1, target.index, target.values) + target.W * ~target.E
-    rnm.refresh_masks(agent)
-    assert torch.equal(target.E, online.E) and torch.equal(target.index, online.index)
-    assert torch.equal(target.values, before.gather(1, online.index))
-    assert not torch.equal(target.values, online.values)
-
-
-def numpy_forward(state, *inputs, head):
+def numpy_forward(net, *inputs):
+    """[fc1, relu, fc2, relu, head] in float64."""
     x = np.concatenate([np.asarray(i, np.float64) for i in inputs], axis=1)
-    for name in ("fc1", "fc2", head):
-        x = x @ state[f"{name}.weight"].double().numpy().T + state[f"{name}.bias"].double().numpy()
-        x = x if name == head else np.maximum(x, 0)
+    layers = [layer for layer in net.net if not isinstance(layer, nn.ReLU)]
+    assert len(layers) == 3
+    for i, layer in enumerate(layers):
+        x = x @ layer.weight.detach().double().numpy().T + layer.bias.detach().double().numpy()
+        x = np.maximum(x, 0) if i < 2 else x
     return x
 
 
@@ -187,32 +274,39 @@ def test_target_and_losses_by_hand(script):
                 p.add_(0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
     data = rb.sample(64, rng["replay"])
     data = data._replace(dones=(torch.arange(64) % 2).float().unsqueeze(1))
-    state = {k: {n: t.clone() for n, t in s.items()} for k, s in script.dense_state(agent).items()}
     noise = torch.empty(64, 2).normal_(0.0, 2.0, generator=copy_generator(rng["smoothing"])).double().numpy()
 
-    low, high = np.array([-1.0, 0.5]), np.array([0.5, 2.0])
+    low, high = np.array([-1.0, 0.5]), np.array([0.5, 3.0])
     scale, bias = (high - low) / 2, (high + low) / 2
     assert np.allclose(agent.actor.action_scale, scale) and np.allclose(agent.actor.action_bias, bias)
     assert (np.abs(noise) > 0.5).any()
-    action = np.tanh(numpy_forward(state["target_actor"], data.next_observations, head="fc_mu")) * scale + bias
+    action = np.tanh(numpy_forward(agent.target_actor, data.next_observations)) * scale + bias
     action = np.clip(action + np.clip(noise, -0.5, 0.5) * scale, low, high)
     assert ((action == low) | (action == high)).any()
-    q1, q2 = (numpy_forward(state[f"qf{i}_target"], data.next_observations, action, head="fc3") for i in (1, 2))
+    q1, q2 = (numpy_forward(net, data.next_observations, action) for net in (agent.qf1_target, agent.qf2_target))
+    with torch.no_grad():  # so that each is the smaller one somewhere
+        agent.qf2_target.net.fc3.bias.add_(float(np.median(q1 - q2)))
+    q2 = numpy_forward(agent.qf2_target, data.next_observations, action)
+    assert (q1 < q2).any() and (q2 < q1).any()
     y = data.rewards.double().numpy() + 0.99 * (1 - data.dones.double().numpy()) * np.minimum(q1, q2)
-    losses = script.mean_losses(script.update_critics(agent, data, args, rng["smoothing"]))
-    for i in (1, 2):
-        values = numpy_forward(state[f"qf{i}"], data.observations, data.actions, head="fc3")
-        assert losses[f"losses/qf{i}_values"] == pytest.approx(values.mean(), rel=1e-5)
-        assert losses[f"losses/qf{i}_loss"] == pytest.approx(((values - y) ** 2).mean(), rel=1e-5)
+    values = {name: numpy_forward(getattr(agent, name), data.observations, data.actions) for name in ("qf1", "qf2")}
+    losses = script.update_critics(agent, data, args, rng["smoothing"])
+    losses = {key: value.mean().item() for key, value in losses.items()}
+    for name, value in values.items():
+        assert losses[f"losses/{name}_values"] == pytest.approx(value.mean(), rel=1e-5)
+        assert losses[f"losses/{name}_loss"] == pytest.approx(((value - y) ** 2).mean(), rel=1e-5)
+        assert numpy_forward(getattr(agent, name), data.observations, data.actions) != pytest.approx(value)  # a step
     assert losses["losses/qf_loss"] == pytest.approx((losses["losses/qf1_loss"] + losses["losses/qf2_loss"]) / 2)
 
-    state = script.dense_state(agent)
-    action = np.tanh(numpy_forward(state["actor"], data.observations, head="fc_mu")) * scale + bias
-    value = numpy_forward(state["qf1"], data.observations, action, head="fc3")
-    grads = [p.grad.clone() for p in agent.qf1.parameters()]
+    action = np.tanh(numpy_forward(agent.actor, data.observations)) * scale + bias
+    value = numpy_forward(agent.qf1, data.observations, action)
+    critic = [(p.detach().clone(), p.grad.clone()) for p in agent.qf1.parameters()]
     loss = script.update_actor(agent, data)["losses/actor_loss"].item()
     assert loss == pytest.approx(-value.mean(), rel=1e-5)
-    assert all(torch.equal(p.grad, g) for p, g in zip(agent.qf1.parameters(), grads, strict=True))  # critic untouched
+    for p, (old, grad) in zip(agent.qf1.parameters(), critic, strict=True):  # the critic is untouched and still learns
+        assert torch.equal(p, old) and torch.equal(p.grad, grad) and p.requires_grad
+    action = np.tanh(numpy_forward(agent.actor, data.observations)) * scale + bias
+    assert numpy_forward(agent.qf1, data.observations, action).mean() > value.mean()  # up the critic's gradient
 
 
 def copy_generator(generator):
@@ -222,57 +316,92 @@ def copy_generator(generator):
 def test_polyak_and_delay(script):
     args, _, agent, rb, rng = make_agent(script, policy_frequency=3, tau=0.25)
     for update in range(1, 7):
-        nets = {name: net for name, net in vars(agent).items() if isinstance(net, nn.Module)}
-        before = {name: [p.detach().clone() for p in net.parameters()] for name, net in nets.items()}
+        before = {name: [p.detach().clone() for p in getattr(agent, name).parameters()] for name in NETS}
         losses = script.update_agent(agent, rb, args, rng, update)
         delayed = update % 3 == 0
         assert ("losses/actor_loss" in losses) == delayed
-        for online, target in (("actor", "target_actor"), ("qf1", "qf1_target"), ("qf2", "qf2_target")):
-            still = all(map(torch.equal, nets[online].parameters(), before[online]))
+        for online, target in zip(NETS[:3], NETS[3:], strict=True):
+            still = all(map(torch.equal, getattr(agent, online).parameters(), before[online]))
             assert still == (online == "actor" and not delayed)
-            for p, old, new in zip(nets[target].parameters(), before[target], nets[online].parameters(), strict=True):
+            parameters = getattr(agent, target).parameters(), before[target], getattr(agent, online).parameters()
+            for p, old, new in zip(*parameters, strict=True):
                 assert torch.allclose(p, 0.75 * old + 0.25 * new if delayed else old, rtol=0, atol=1e-7)
 
 
-def test_replay_ring_and_its_files(script, tmp_path):
+def test_twenty_updates_are_those_of_the_first_version(script):
+    """The dense script, and N = M, from the weights, transitions and streams of commit b4ac3f7's stored results."""
+    data = np.load(ROOT / "tests" / "data" / "dense_20_updates.npz")
+    args = script.Args(**SMALL, **({"n": 4, "m": 4} if hasattr(script, "sparsify") else {}))
+    env = script.make_env(args.env_id)
+    networks = script.make_networks(args, env)
+    for name, net in networks.items():
+        parameters = dict(net.net.named_parameters())
+        assert {f"before.{name}.{key}" for key in parameters} <= set(data.files) and len(parameters) == 6
+        for key, param in parameters.items():
+            param.data.copy_(torch.from_numpy(data[f"before.{name}.{key}"]))
+    if hasattr(script, "sparsify"):
+        networks = {name: script.sparsify(net, args) for name, net in networks.items()}
+    agent = script.Agent(networks, args.learning_rate)
+    rb, random = script.ReplayBuffer(400, script.transition_columns(env), "cpu"), np.random.default_rng(0)
+    for _ in range(400):
+        obs, next_obs = random.normal(size=(2, 3))
+        row = {"observations": obs, "next_observations": next_obs, "actions": random.uniform([-1, 0.5], [0.5, 3])}
+        rb.add(**row, rewards=random.normal(), dones=random.random() < 0.1)
+    rng = script.make_generators(3, "cpu")
+    for update in range(1, 21):
+        script.update_agent(agent, rb, args, rng, update)
+    for name in NETS:
+        layers = {key: layer for key, layer in getattr(agent, name).net.named_children() if hasattr(layer, "weight")}
+        assert len(layers) == 3
+        for key, layer in layers.items():
+            for part in ("weight", "bias"):
+                after = data[f"after.{name}.{key}.{part}"]
+                online = name.replace("target_actor", "actor").removesuffix("_target")
+                assert np.abs(after - data[f"before.{online}.{key}.{part}"]).max() > 5e-5  # it learned
+                assert np.abs(getattr(layer, part).detach().numpy() - after).max() <= 1e-6, (name, key, part)
+
+
+def test_replay_ring(script):
     env = gym.make("Reach-v0")
-    rb = script.ReplayBuffer(50, env, "cpu")
-    rb.FILE_ROWS = 16
+    rb, other = (script.ReplayBuffer(50, script.transition_columns(env), "cpu") for _ in range(2))
 
-    def add(count):
+    def add(buffer, count):
         for _ in range(count):
-            i = rb.added
-            rb.add([i, i, i], [i + 1] * 3, [i, -i], i * 10, i % 2)
+            i = buffer.added
+            row = {"observations": [i, i, i], "next_observations": [i + 1] * 3, "actions": [i, -i]}
+            buffer.add(**row, rewards=i * 10, dones=i % 2)
 
-    add(30)
-    rb.save(tmp_path)
-    add(45)
-    rb.save(tmp_path)
-    add(5)  # unsaved rows of a killed run
-    saved = [file for file in rb.files]
-    other = script.ReplayBuffer(50, env, "cpu")
-    other.load(tmp_path, saved, 75)
-    assert sorted(other.array[:, 0]) == list(range(25, 75))
-    batch = other.sample(4000, torch.Generator().manual_seed(0))
-    i = batch.observations[:, 0]
-    assert set(i.tolist()) == set(range(25, 75))
-    assert torch.equal(batch.next_observations, (i + 1)[:, None].expand(-1, 3))
-    assert torch.equal(batch.actions, torch.stack([i, -i], 1)) and torch.equal(batch.rewards, i[:, None] * 10)
-    assert torch.equal(batch.dones, i[:, None] % 2)
-    counts = torch.bincount(i.long(), minlength=75)[25:]
-    assert counts.min() > 40 and counts.max() < 130  # 80 +- 9 each
+    def seen(buffer):
+        return set(buffer.sample(2000, torch.Generator().manual_seed(0)).observations[:, 0].tolist())
+
+    add(rb, 30)
+    assert seen(rb) == set(range(30))  # never what is still empty
+    other.load_state_dict(copy.deepcopy(rb.state_dict()))
+    assert seen(other) == set(range(30)) and len(rb.state_dict()["rows"]) == 30  # nor is it saved
+    add(rb, 45)
+    other.load_state_dict(copy.deepcopy(rb.state_dict()))
+    add(rb, 3)
+    add(other, 3)  # goes on at the same place of the ring
+    for buffer in (rb, other):
+        batch = buffer.sample(4000, torch.Generator().manual_seed(0))
+        i = batch.observations[:, 0]
+        assert set(i.tolist()) == set(range(28, 78))
+        assert torch.equal(batch.next_observations, (i + 1)[:, None].expand(-1, 3))
+        assert torch.equal(batch.actions, torch.stack([i, -i], 1)) and torch.equal(batch.rewards, i[:, None] * 10)
+        assert torch.equal(batch.dones, i[:, None] % 2)
+        counts = torch.bincount(i.long(), minlength=78)[28:]
+        assert counts.min() > 40 and counts.max() < 130  # 80 +- 9 each
 
 
 def test_random_streams_are_separate(script):
     a, b, c = (script.make_generators(seed, "cpu") for seed in (3, 3, 4))
     draws = {name: torch.rand(4, generator=g).tolist() for name, g in a.items()}
-    assert len({tuple(d) for d in draws.values()}) == 7
+    assert list(draws)[-1] == "globals" and len({tuple(d) for d in draws.values()}) == len(draws) == 8
     torch.rand(100, generator=b["evaluation"])
     assert torch.rand(4, generator=b["replay"]).tolist() == draws["replay"]
     assert torch.rand(4, generator=c["replay"]).tolist() != draws["replay"]
-    assert script.draw_seeds(script.make_generators(3, "cpu")["evaluation"], 3) == script.draw_seeds(
-        script.make_generators(3, "cpu")["evaluation"], 10
-    )[:3]
+    few, many = (script.draw_seeds(script.make_generators(3, "cpu")["evaluation"], count) for count in (3, 10))
+    assert few == many[:3] and len(set(many)) == 10
 
 
 def test_final_score(script):
@@ -280,16 +409,3 @@ def test_final_score(script):
     assert script.final_score(evaluations) == np.mean(range(21, 31))
     assert script.final_score(evaluations[:7]) == np.mean([4, 5, 6, 7])
     assert script.final_score(evaluations[:1]) == 1.0
-
-
-def test_sizes_and_flops_by_hand(rnm):
-    args = rnm.Args(batch_size=10, n=1, m=4, hidden_dim=8, policy_frequency=2)
-    actor, critic = [(8, 3, 1), (8, 8, 2), (2, 8, 8)], [(8, 5, 2), (8, 8, 2), (1, 8, 8)]
-    stats = rnm.model_stats(args, {"actor": actor, "qf1": critic, "qf2": critic})
-    assert stats["density"]["actor"] == (8 + 16 + 16) / (24 + 64 + 16)
-    assert stats["params_total"] == (104 + 18) + 2 * (112 + 17)
-    assert stats["params_active"] == (40 + 18) + 2 * (40 + 17)
-    assert stats["bytes"]["dense"] == 4 * stats["params_total"]
-    assert stats["bytes"]["packed"] == 4 * stats["params_active"] + (24 + 2 * 32)  # one index byte per kept weight
-    assert stats["flops_per_update"]["dense"] == 20 * (104 + 2 * 112 + 2 * (3 * 112 - 40) + (3 * 104 + 2 * 112) / 2)
-    assert stats["flops_per_update"]["sparse"] == 20 * (40 + 2 * 40 + 2 * (3 * 40 - 16) + (3 * 40 + 2 * 40) / 2)

@@ -5,12 +5,12 @@ import numpy as np
 
 
 class Reach(gym.Env):
-    """A point on a line is moved by the first action; reward -(x - 1)^2 / 10. Bounds differ by action dimension.
+    """A point on a line is moved by the first action; reward -(x - 1)^2 / 10. The action's bounds and their width differ by dimension.
 
     Ends (terminated) beyond |x| > 4; `fault_at` makes a step of the environment's life return NaN.
     """
 
-    action_space = gym.spaces.Box(np.array([-1.0, 0.5], np.float32), np.array([0.5, 2.0], np.float32))
+    action_space = gym.spaces.Box(np.array([-1.0, 0.5], np.float32), np.array([0.5, 3.0], np.float32))
     observation_space = gym.spaces.Box(-np.inf, np.inf, (3,))
 
     def __init__(self, fault: str = "", fault_at: int = 0, render_mode=None):
@@ -62,7 +62,7 @@ gym.register("Huge-v0", Huge, max_episode_steps=50)
 
 
 class Float64(Reach):
-    action_space = gym.spaces.Box(np.array([-1.0, 0.5]), np.array([0.5, 2.0]), dtype=np.float64)
+    action_space = gym.spaces.Box(np.array([-1.0, 0.5]), np.array([0.5, 3.0]), dtype=np.float64)
 
     def step(self, action):
         return super().step(action.astype(np.float64))

@@ -1,0 +1,198 @@
+"""sad_analysis.py: forks, several codes of a script, runs of commit b4ac3f7: never mixed, and named."""
+
+import shutil
+
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import ROOT
+from test_analysis import edit, load, make_run, run
+
+import sad_analysis as sa
+
+OLD = ROOT / "tests/data/b4ac3f7"
+
+
+def labels(study):
+    return {c.label: [run.name for run in c.runs] for c in study.configurations}
+
+
+def linear(outputs, inputs, active=None):
+    return {"name": "fc", "type": "Linear", "weight": [outputs, inputs], "active": active or outputs * inputs}
+
+
+def test_old_runs_are_read():
+    """Made before metrics.csv had cpu_time_s and meta.json had code and modules, with a refresh at the last step."""
+    (study,), replaced, skipped = load(OLD)
+    assert [c.label for c in study.configurations] == ["dense", "1:8"] and not replaced and not skipped
+    dense, sparse = (c.first for c in study.configurations)
+    assert study.dense(study.configurations[1]) is study.configurations[0]
+    assert sparse.masks["actor"].index[-1] == sparse.args["total_timesteps"] == 60_000
+    assert sparse.code == dense.code == "commit b4ac3f7" and sparse.fork == ""
+    assert sa.settled_sad(sparse, 10_000) == pytest.approx(0.119605655, abs=1e-8)  # as commit b4ac3f7 counted
+
+
+def test_flops_are_those_that_old_runs_counted():
+    (study,), _, _ = load(OLD)
+    for c, (hidden, critic, actor) in zip(study.configurations, ((256, 23, 17), (32, 3, 3)), strict=True):
+        norm = {"name": "norm", "type": "LayerNorm", "weight": [256], "active": 256}  # no product
+        nets = {
+            "actor": [linear(256, 17, 256 * actor), {"name": "relu1", "type": "ReLU"}, linear(256, 256, 256 * hidden)]
+        }
+        nets["actor"].append(linear(6, 256))
+        for name in ("qf1", "qf2"):
+            nets[name] = [linear(256, 23, 256 * critic), norm, linear(256, 256, 256 * hidden), linear(1, 256)]
+        meta = c.first.meta
+        counted = sa.flops_per_update({key: meta[key] for key in meta if key != "flops_per_update"} | {"modules": nets})
+        assert counted == meta["flops_per_update"]["sparse"] == sa.flops_per_update(meta)
+        more = sa.flops_per_update({"args": meta["args"], "modules": nets | {"qf3": nets["qf1"]}})
+        weights = [256 * critic, 256 * hidden, 256]
+        assert more - counted == 2 * 256 * (4 * sum(weights) - weights[0])
+
+
+def test_forks_are_configurations_of_their_own(tmp_path):
+    make_run(tmp_path / "d", n=None)
+    make_run(tmp_path / "a")
+    make_run(tmp_path / "copy", script="my_fork.py", code="1" * 16, args={"exp_name": "my_fork"})
+    make_run(tmp_path / "name", args={"exp_name": "tanh", "mask_update_interval": 100})
+    make_run(tmp_path / "both", script="my_fork.py", code="1" * 16, args={"exp_name": "tanh"})
+    make_run(tmp_path / "flag", script="my_fork.py", code="1" * 16, args={"exp_name": "my_fork", "growth": 0.3})
+    make_run(tmp_path / "dense_fork", n=None, args={"exp_name": "norm"})
+    (study,), replaced, skipped = load(tmp_path)
+    assert not replaced and not skipped
+    assert labels(study) == {
+        "dense": ["d"],
+        "dense, norm": ["dense_fork"],
+        "1:4": ["a"],
+        "1:4, K = 100, tanh": ["name"],
+        "1:4, growth 0.3, my_fork.py": ["flag"],
+        "1:4, my_fork.py": ["copy"],
+        "1:4, my_fork.py, tanh": ["both"],
+    }
+    assert {study.dense(c).label for c in study.configurations} == {"dense"}
+    assert study.plain("1:4", 256).label == "1:4"
+
+
+def test_several_codes_are_all_marked(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(sa, "draw", lambda *_: [])
+    for seed in (1, 2):
+        make_run(tmp_path / f"runs/d{seed}", seed=seed, n=None, code="d" * 16, score=100.0)
+        make_run(tmp_path / f"runs/a{seed}", seed=seed, code="a" * 16)
+    make_run(tmp_path / "runs/e1", n=None, code="e" * 16, score=50.0)
+    make_run(tmp_path / "runs/b1", code="b" * 16, start="2027")
+    make_run(tmp_path / "runs/b3", code="b" * 16, seed=3, args={"mask_update_interval": 100})
+    (study,), replaced, _ = load(tmp_path / "runs")
+    assert labels(study) == {
+        "dense, code dddddd": ["d1", "d2"],
+        "dense, code eeeeee": ["e1"],
+        "1:4, K = 100, code bbbbbb": ["b3"],
+        "1:4, code aaaaaa": ["a1", "a2"],
+        "1:4, code bbbbbb": ["b1"],
+    }
+    assert not replaced
+    code, out, _ = run(monkeypatch, capsys, tmp_path / "runs", "--out", tmp_path / "a", "--no-track")
+    assert code == 0 and "of several codes of those, with the one that has the most seeds" in out
+    table = pd.read_csv(tmp_path / "a/summary.csv").set_index("configuration")
+    assert table.dense.dropna().unique().tolist() == ["dense, code dddddd"]
+    assert table.default["1:4, K = 100, code bbbbbb"] == table.default["1:4, code bbbbbb"] == "1:4, code aaaaaa"
+    assert "| 1:4, code bbbbbb | 1 | 80 | dense, code dddddd | " in out
+    argv = (tmp_path / "runs", "--out", tmp_path / "b", "--no-track", "--pool-code")
+    code, out, err = run(monkeypatch, capsys, *argv)
+    assert code == 0 and "skipped a1: same configuration and seed as the later b1" in err
+    table = pd.read_csv(tmp_path / "b/summary.csv").set_index("configuration")
+    assert table.seeds.to_dict() == {"dense": 2, "1:4": 2, "1:4, K = 100": 1}
+
+
+def test_runs_without_a_hash_are_marked_beside_others(tmp_path):
+    shutil.copytree(OLD, tmp_path, dirs_exist_ok=True)
+    shutil.copytree(max(OLD.iterdir()), tmp_path / "new")
+    edit(tmp_path / "new", run_name="new", code="3fa9c1" + "0" * 10)
+    (study,), replaced, _ = load(tmp_path)
+    assert [*labels(study)] == ["dense", "1:8, code 3fa9c1", "1:8, commit b4ac3f7"] and not replaced
+    edit(tmp_path / "new", script="my_fork.py")
+    (study,), _, _ = load(tmp_path)
+    assert [*labels(study)] == ["dense", "1:8", "1:8, my_fork.py, rnm_td3_continuous"]
+
+
+def test_codes_are_not_pooled_over_environments(tmp_path):
+    for env_id, code in (("Ant-v4", "a"), ("Hopper-v4", "a"), ("Walker2d-v4", "b")):
+        make_run(tmp_path / f"{env_id}_d", n=None, args={"env_id": env_id})
+        make_run(tmp_path / f"{env_id}_s", code=code * 16, args={"env_id": env_id})
+    studies, _, _ = load(tmp_path)
+    (row,) = sa.pooled_rows(studies, 100)
+    assert row["setting"] == "Ant-v4 + Hopper-v4, 30,000 steps: relative to dense" and row["seeds"] == "1 + 1"
+
+
+def test_a_dense_network_with_as_many_weights(tmp_path):
+    for width, weights in ((256, 200_000), (86, 28_818), (89, 30_900), (90, 31_300)):
+        make_run(tmp_path / f"d{width}", n=None, params_active=weights, args={"hidden_dim": width})
+    make_run(tmp_path / "s", m=8, params_active=30_472)
+    make_run(tmp_path / "head", m=8, params_active=28_680, args={"sparse_head": True})
+    make_run(tmp_path / "k", m=8, params_active=30_472, args={"mask_update_interval": 0})
+    (study,), _, _ = load(tmp_path)
+    assert labels(study) == {
+        "dense": ["d256"],
+        "dense, as many weights as 1:8": ["d89"],  # the nearest of two within 3 %
+        "dense, width 86": ["d86"],
+        "dense, width 90": ["d90"],
+        "1:8": ["s"],
+        "1:8, sparse head": ["head"],
+        "1:8, static masks": ["k"],
+    }
+    assert {study.dense(c).label for c in study.configurations} == {"dense"}
+    shutil.rmtree(tmp_path / "s")
+    (study,), _, _ = load(tmp_path)  # static masks have as many
+    assert "dense, as many weights as 1:8" in labels(study)
+
+
+def test_references_of_other_widths(tmp_path):
+    """Dense of the same width is the reference, whatever width most runs have; a narrow dense run is none of 1:4's."""
+    for seed in (1, 2, 3):
+        make_run(tmp_path / f"narrow{seed}", seed=seed, n=None, params_active=300, args={"hidden_dim": 86})
+        make_run(tmp_path / f"thin{seed}", seed=seed, args={"hidden_dim": 86, "mask_update_interval": 10_000})
+    make_run(tmp_path / "wide", n=None)
+    make_run(tmp_path / "sparse")
+    (study,), _, _ = load(tmp_path)
+    assert {c.label: study.dense(c).label for c in study.configurations} == {
+        "dense": "dense",
+        "dense, width 86": "dense",
+        "1:4": "dense",
+        "1:4, K = 10000, width 86": "dense, width 86",
+    }
+    shutil.rmtree(tmp_path / "wide")
+    (study,), _, _ = load(tmp_path)
+    assert [c.label for c in study.configurations if not study.dense(c)] == ["dense, width 86", "1:4"]
+
+
+def test_a_third_critic_has_panels_and_columns(monkeypatch, capsys, tmp_path):
+    make_run(tmp_path / "runs/a")
+    make_run(
+        tmp_path / "runs/b", script="my_fork.py", args={"exp_name": "my_fork"}, nets=("actor", "qf1", "qf2", "qf3")
+    )
+    (study,), _, _ = load(tmp_path / "runs")
+    assert study.nets == ["actor", "qf1", "qf2", "qf3"]
+    for name in ("sad", "sad_layers", "ages"):
+        figure = sa.FIGURES[name](study, 100)
+        curves = {ax.get_title(): len(ax.lines) for ax in figure.axes}
+        layers = [f"{net}, {layer}" for layer in ("fc1", "fc2") for net in study.nets]
+        titles = layers if name == "sad_layers" else study.nets
+        assert curves == {title: 1 if title.startswith("qf3") else 2 for title in titles}
+    shown = [ax.get_visible() for ax in sa.draw_divergence(study, 100).axes[:8]]
+    assert shown == [True, True, True, False, True, True, True, True]
+    code, out, _ = run(monkeypatch, capsys, tmp_path / "runs", "--out", tmp_path / "a", "--no-track")
+    table = pd.read_csv(tmp_path / "a/summary.csv").set_index("configuration")
+    assert code == 0 and np.isnan(table["settled_step/qf3"]["1:4"]) and table["settled_step/qf3"]["1:4, my_fork.py"] > 0
+    assert "| settled step/qf2 | settled step/qf3 |" in out
+
+
+def test_masks_that_are_not_along_rows_are_named(tmp_path):
+    folder = make_run(tmp_path / "a")
+    with np.load(folder / "masks.npz") as file:
+        arrays = {key: value for key, value in file.items()}
+    for key in list(arrays):
+        if f"{key}.shape" in arrays:
+            arrays[key] = arrays[key][:, ::-1].copy()  # keeps SAD and how many are active
+    np.savez_compressed(folder / "masks.npz", **arrays)
+    (study,), _, _ = load(tmp_path)
+    assert [*labels(study)] == ["1:4, masks not 1:4 along rows"]
+    assert study.plain("1:4", 256) is None

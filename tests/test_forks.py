@@ -1,0 +1,265 @@
+"""Forks made from the script's own text, as a user would: each must compute what its text says, with every kernel."""
+
+import csv
+import importlib.util
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+SOURCE = (ROOT / "rnm_td3_continuous.py").read_text()
+CRITIC = '"fc1": nn.Linear(obs_dim + action_dim, hidden_dim), "relu1": nn.ReLU()}'
+EDITS = {
+    "unedited": [],
+    "tanh": [("nn.ReLU()", "nn.Tanh()")],
+    "layer norm": [
+        (CRITIC, CRITIC.replace(', "relu1"', ', "norm1": nn.LayerNorm(hidden_dim), "relu1"')),
+    ],
+    "residual": [
+        (
+            "        return self.net(torch.cat([x, a], dim=1))",
+            "        h = self.net.relu1(self.net.fc1(torch.cat([x, a], dim=1)))\n"
+            "        return self.net.fc3(h + self.net.relu2(self.net.fc2(h)))",
+        )
+    ],
+    "third hidden layer": [
+        (
+            '        layers |= {"fc3": nn.Linear(hidden_dim, 1)}',
+            '        layers |= {"fc2b": nn.Linear(hidden_dim, hidden_dim), "relu2b": nn.ReLU()}\n'
+            '        layers |= {"fc3": nn.Linear(hidden_dim, 1)}',
+        )
+    ],
+    "third critic": [
+        ('"qf2": QNetwork}', '"qf2": QNetwork, "qf3": QNetwork}'),
+        (
+            "        min_qf_next_target = torch.min(qf1_next_target, qf2_next_target)",
+            "        qf3_next_target = agent.qf3_target(data.next_observations, next_state_actions)\n"
+            "        min_qf_next_target = torch.min(torch.min(qf1_next_target, qf2_next_target), qf3_next_target)",
+        ),
+        (
+            "    qf_loss = qf1_loss + qf2_loss\n",
+            "    qf3_a_values = agent.qf3(data.observations, data.actions)\n"
+            "    qf3_loss = F.mse_loss(qf3_a_values, next_q_value)\n"
+            "    qf_loss = qf1_loss + qf2_loss + qf3_loss\n",
+        ),
+        (
+            '        "losses/qf1_loss": qf1_loss.detach(),\n',
+            '        "losses/qf1_loss": qf1_loss.detach(),\n'
+            '        "losses/qf3_values": qf3_a_values.detach(),\n'
+            '        "losses/qf3_loss": qf3_loss.detach(),\n',
+        ),
+    ],
+    "growing K": [
+        (
+            "        self.losses = {}  # of the last update",
+            "        self.next_refresh, self.K = 50, 50\n        self.losses = {}  # of the last update",
+        ),
+        ("state.update % K == 0", "state.update == state.next_refresh"),
+        (
+            "                    refresh_masks(agent)\n",
+            "                    refresh_masks(agent)\n"
+            "                    state.K = int(1.5 * state.K)\n"
+            "                    state.next_refresh += state.K\n",
+        ),
+    ],
+    "column-wise groups": [
+        (
+            '        E = project(self.W, n, m)\n        self.register_buffer("positions"',
+            '        E = project(self.W.T, n, m).T\n        self.register_buffer("positions"',
+        ),
+        (
+            "            E = project(layer.W, layer.n, layer.m)",
+            "            E = project(layer.W.T, layer.n, layer.m).T",
+        ),
+    ],
+    "unequal rows": [
+        (
+            "    return E.view(len(W), -1)[:, : W.shape[1]].contiguous()",
+            "    kept = n * (W.shape[1] // m) + min(n, W.shape[1] % m)\n"
+            "    best = W.abs().flatten().argsort(descending=True)[: kept * len(W)]\n"
+            "    return torch.zeros(W.numel(), dtype=torch.bool).index_fill(0, best, True).view_as(W)",
+        )
+    ],
+    "critic's forward": [
+        (
+            "        return self.net(torch.cat([x, a], dim=1))",
+            "        return 2 * self.net(torch.cat([x, a], dim=1)) + 1",
+        )
+    ],
+    "random masks": [
+        ("    magnitude = F.pad(W.abs(), (0", "    magnitude = F.pad(W.abs() * torch.rand(W.shape), (0"),
+    ],
+    "layer's forward": [
+        (
+            "    def forward(self, x: torch.Tensor) -> torch.Tensor:\n        return F.linear(x, self.weight, self.bias)\n\n\ndef sp",
+            "    def forward(self, x: torch.Tensor) -> torch.Tensor:\n"
+            "        return F.linear(x, 1.5 * self.weight, self.bias)\n\n\ndef sp",
+        )
+    ],
+    "dropout": [
+        ('"relu1": nn.ReLU()}', '"relu1": nn.ReLU(), "drop1": nn.Dropout(0.1)}'),
+    ],
+}
+SAME_NETWORKS = ("unedited", "growing K")  # these first differ in training
+
+
+@pytest.fixture(scope="module")
+def forks(tmp_path_factory):
+    """forks(name): the edited script, imported."""
+    folder, made = tmp_path_factory.mktemp("forks"), {}
+
+    def fork(name: str):
+        if name not in made:
+            text = SOURCE
+            for old, new in EDITS[name]:
+                assert old in text, (name, old)
+                text = text.replace(old, new)
+            path = folder / name.replace(" ", "_").replace("'", "") / "rnm_td3_continuous.py"
+            path.parent.mkdir()
+            path.write_text(text)
+            spec = importlib.util.spec_from_file_location(f"fork_{len(made)}", path)
+            made[name] = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(made[name])
+            made[name].hardware_report = lambda *_: None
+        return made[name]
+
+    return fork
+
+
+def updated(module, kernel: str, n=1, m=4, updates=20) -> dict[str, torch.Tensor]:
+    """Every network's parameters after some updates on fixed batches, and how often the kernels were called."""
+    args = module.Args(env_id="Reach-v0", n=n, m=m, hidden_dim=32, batch_size=48, kernel=kernel)
+    env, rng = module.make_env(args.env_id), module.make_generators(3, "cpu")
+    torch.manual_seed(1)
+    networks = {name: module.sparsify(net, args) for name, net in module.make_networks(args, env).items()}
+    agent = module.Agent(networks, args.learning_rate)
+    assert module.use_kernel(args, agent, env) == kernel
+    rb, data = module.ReplayBuffer(500, module.transition_columns(env), "cpu"), np.random.default_rng(0)
+    for _ in range(500):
+        row = {name: data.normal(size=width) for name, width in module.transition_columns(env).items()}
+        rb.add(**row | {"dones": data.random() < 0.1})
+    calls, chain_forward = [], module.chain_forward
+    module.chain_forward = lambda chain, *rest, **keep: calls.append(len(chain)) or chain_forward(chain, *rest, **keep)
+    torch.manual_seed(2)
+    for update in range(1, updates + 1):
+        module.update_agent(agent, rb, args, rng, update)
+    module.chain_forward = chain_forward
+    nets = {name: part for name, part in vars(agent).items() if isinstance(part, torch.nn.Module)}
+    return {f"{net}.{key}": x for net in nets for key, x in module.plain_state(nets[net]).items()}, calls
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_kernels_and_torch_agree_and_the_edit_shows(forks, name):
+    module = forks(name)
+    (nm, calls), (reference, none) = updated(module, "nm"), updated(module, "torch")
+    assert not none
+    if name == "layer's forward":
+        assert not calls  # the kernels don't know it: torch runs it
+    else:  # 7 networks a pair of updates, and what remains fusible is fused
+        assert len(calls) >= 20 * 5, name
+        assert max(calls) == {"tanh": 1, "third hidden layer": 4, "dropout": 2}.get(name, 3)
+    assert nm.keys() == reference.keys()
+    for key, x in reference.items():
+        assert (nm[key] - x).abs().max() <= 1e-3, key
+    original = updated(forks("unedited"), "torch")[0]
+    same = original.keys() == reference.keys() and all(torch.equal(x, original[key]) for key, x in reference.items())
+    assert same == (name in SAME_NETWORKS)
+
+
+def rows(run: Path) -> list[dict]:
+    clocks = ("SPS", "time", "ms", "wall", "hardware")
+    with open(run / "metrics.csv") as file:
+        return [{k: v for k, v in row.items() if not any(c in k for c in clocks)} for row in csv.DictReader(file)]
+
+
+def trained(module, folder: Path, kernel: str, stop_at: int | None = None) -> Path:
+    """A run of 400 steps; with stop_at it is stopped by SIGTERM at that update and resumed."""
+    flags = "--env-id Reach-v0 --hidden-dim 16 --batch-size 16 --learning-starts 100 --total-timesteps 400 --n 1 --m 4"
+    flags += f" --mask-update-interval 60 --eval-interval 150 --eval-episodes 2 --no-track --kernel {kernel}"
+    update_agent = module.update_agent
+
+    def stopping(agent, rb, args, rng, update):
+        if update == stop_at:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return update_agent(agent, rb, args, rng, update)
+
+    module.update_agent = stopping
+    result = module.train(module.parse_args([*flags.split(), "--runs-dir", str(folder)]))
+    module.update_agent = update_agent
+    if stop_at:
+        assert result["exit_reason"] == "sigterm"
+        result = module.train(module.parse_args(["--resume", result["run_dir"]]))
+    assert result["exit_reason"] == "finished"
+    return Path(result["run_dir"])
+
+
+@pytest.mark.parametrize("name", EDITS)
+@pytest.mark.parametrize("kernel", ["nm", "torch"])
+def test_forks_train_refresh_and_resume(forks, tmp_path, name, kernel):
+    module = forks(name)
+    whole = trained(module, tmp_path / "whole", kernel)
+    resumed = trained(module, tmp_path / "resumed", kernel, stop_at=110)
+    assert rows(whole) == rows(resumed)
+    models = [torch.load(run / "model.pt", weights_only=True) for run in (whole, resumed)]
+    for net, state in models[0].items():
+        for key, x in state.items() if isinstance(state, dict) else enumerate(state):
+            assert torch.equal(x, models[1][net][key]), (net, key)
+    with np.load(whole / "masks.npz") as masks:
+        layers = [key for key in masks if key + ".shape" in masks]
+        nets = {key.split(".")[0] for key in layers}
+        assert nets == {"actor", "qf1", "qf2"} | ({"qf3"} if name == "third critic" else set())
+        updates = masks["update"].tolist()
+        assert updates == ([0, 50, 125, 237] if name == "growing K" else [0, 60, 120, 180, 240])
+        for net in nets:
+            assert any((masks[key][0] != masks[key][-1]).any() for key in layers if key.startswith(net)), net
+    evaluated = module.evaluate_run(module.parse_args(["--evaluate", str(whole)])) if name != "layer's forward" else 0
+    assert evaluated == 0
+
+
+def test_a_policy_that_plain_layers_do_not_give_is_refused(forks, tmp_path):
+    module = forks("layer's forward")
+    run = trained(module, tmp_path, "torch")
+    with pytest.raises(module.UserError, match="plain layers do not act"):
+        module.evaluate_run(module.parse_args(["--evaluate", str(run)]))
+
+
+def test_an_edit_that_the_kernels_would_miss_is_an_error(forks, small):
+    text = SOURCE.replace("return self.W.new_zeros(self.W.numel())", "return 1.1 * self.W.new_zeros(self.W.numel())")
+    assert text != SOURCE
+    EDITS["weight"] = [(SOURCE, text)]
+    try:
+        module = forks("weight")
+    finally:
+        del EDITS["weight"]
+    with pytest.raises(module.UserError, match=r"actor.*--kernel torch"):
+        module.train(small(module, n=1, m=4, hidden_dim=16, kernel="nm"))
+    assert module.train(small(module, n=1, m=4, hidden_dim=16, kernel="torch"))["exit_reason"] == "finished"
+
+
+def test_hooks_and_other_inputs_are_honoured(forks):
+    """What the kernels can't take runs in torch: hooks, float64, one-dimensional inputs, replaced forwards."""
+    module = forks("unedited")
+    args = module.Args(env_id="Reach-v0", n=1, m=4, hidden_dim=32, kernel="nm")
+    env = module.make_env(args.env_id)
+    net = module.sparsify(module.make_networks(args, env)["qf1"], args)
+    plain = module.copy.deepcopy(net)
+    module.fuse(net)
+    x = torch.randn(7, 5)
+    for case in (x, x[0], x.expand(3, 7, 5), x.T.contiguous().T):
+        assert torch.allclose(net.net(case), plain.net(case), atol=1e-5)
+    assert torch.allclose(module.copy.deepcopy(net).double().net(x.double()), plain.double().net(x.double()))
+    plain.float()
+    seen = []
+    handle = net.net.relu1.register_forward_hook(lambda _module, _x, y: seen.append(y) or 2 * y)
+    plain_handle = plain.net.relu1.register_forward_hook(lambda _module, _x, y: 2 * y)
+    assert torch.allclose(net.net(x), plain.net(x), atol=1e-5) and len(seen) == 1
+    handle.remove(), plain_handle.remove()
+    net.net.fc2.forward = plain.net.fc2.forward = lambda x: x + 1
+    assert torch.allclose(net.net(x), plain.net(x), atol=1e-5)
+    with pytest.raises(RuntimeError):
+        net.net(torch.randn(7, 6))

@@ -1,0 +1,259 @@
+"""A run that was stopped, killed or extended goes on bit for bit; what can't go on says why in one line."""
+
+import fcntl
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import (
+    ROOT,
+    assert_same_run,
+    checkpoint_step,
+    draw_everywhere,
+    flags,
+    load,
+    read_meta,
+    read_rows,
+    steps_with,
+    stop_at,
+)
+
+
+def test_resume_after_sigterm_is_bit_for_bit(script, small, monkeypatch, cli):
+    options = {"n": 1, "m": 4, "mask_update_interval": 30} if hasattr(script, "refresh_masks") else {}
+    whole = script.train(small(script, **options))["run_dir"]
+    with monkeypatch.context() as patch:
+        stop_at(patch, script, 317)
+        part = script.train(small(script, **options))
+    assert part["exit_reason"] == "sigterm" and read_meta(part["run_dir"])["exit_reason"] == "sigterm"
+    end = next(step for step in steps_with(whole) if step >= 317)
+    assert int(read_rows(part["run_dir"])[-1]["global_step"]) == checkpoint_step(part["run_dir"]) == end
+    code, out, err = cli(script, "--resume", part["run_dir"], small=False)
+    assert code == 0 and f"resumed at step {end}" in out and "finished" in out and err == ""
+    assert_same_run(whole, part["run_dir"])
+    assert not (Path(part["run_dir"]) / "checkpoint.pt").exists()
+
+
+def test_resume_from_the_very_first_checkpoint(script, small, monkeypatch, cli):
+    whole = script.train(small(script))["run_dir"]
+    with monkeypatch.context() as patch:
+        patch.setattr(script.Run, "checkpoint_due", lambda *_: False)  # as if it had been killed
+        stop_at(patch, script, 210)
+        part = script.train(small(script))["run_dir"]
+    assert checkpoint_step(part) == 0 and int(read_rows(part)[-1]["global_step"]) >= 210
+    assert cli(script, "--resume", part, small=False)[0] == 0
+    assert_same_run(whole, part)
+
+
+def test_resume_restores_the_global_generators(script, small, monkeypatch, cli):
+    """torch's, numpy's (with the second half of a pair of normal numbers) and random's."""
+    draws, _ = draw_everywhere(script, monkeypatch)
+    whole, wanted = script.train(small(script))["run_dir"], list(draws)
+    draws.clear()
+    with monkeypatch.context() as patch:
+        stop_at(patch, script, 317)
+        part = script.train(small(script))["run_dir"]
+    assert 200 < len(draws) < 300
+    torch.manual_seed(6), np.random.seed(6), random.seed(6)  # what the resuming process finds
+    assert cli(script, "--resume", part, small=False)[0] == 0
+    assert draws == wanted and len(wanted) == 500
+    assert_same_run(whole, part)
+
+
+def test_resume_after_kill_drops_the_rows_past_the_checkpoint(rnm, small, cli, tmp_path):
+    """A ring smaller than the run, several checkpoints, kill -9 in the middle of training."""
+    options = {"n": 1, "m": 4, "mask_update_interval": 30, "buffer_size": 220, "checkpoint_interval": 150}
+    options |= {"total_timesteps": 1500, "eval_interval": 500}
+    whole = rnm.train(small(rnm, **options, keep_replay=True))["run_dir"]
+    command = [sys.executable, rnm.__file__, *flags(**options | {"env_id": "toy_envs:Reach-v0"}), "--no-track"]
+    command += ["--keep-replay", "--runs-dir", str(tmp_path / "killed")]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE)
+    run = wait_for_run(tmp_path / "killed")
+    while not (run / "metrics.csv").exists() or len((run / "metrics.csv").read_text().splitlines()) < 40:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert read_meta(run)["exit_reason"] == "running"
+    assert 0 < checkpoint_step(run) <= int(read_rows(run)[-1]["global_step"]) < 1500
+    with open(run / "metrics.csv", "a") as file:
+        file.write("1499,0.1")  # a torn line
+    code, _, err = cli(rnm, "--resume", run, small=False)
+    assert code == 0 and err == ""
+    assert_same_run(whole, run)
+    replay = torch.load(run / "checkpoint.pt", weights_only=True)["rb"]
+    assert replay["added"] == checkpoint_step(run) > 1400 and len(replay["rows"]) == 220
+
+
+def wait_for_run(folder):
+    for _ in range(3000):
+        if folder.exists() and list(folder.iterdir()):
+            return next(folder.iterdir())
+        time.sleep(0.01)
+    raise AssertionError("no run was started")
+
+
+@pytest.mark.parametrize("total", [333, 350])  # in the middle of a cycle; at an update with a refresh in the longer run
+def test_an_extended_run_is_the_longer_run(script, small, cli, total):
+    options = {"keep_replay": True}
+    if hasattr(script, "refresh_masks"):
+        options |= {"n": 1, "m": 4, "mask_update_interval": 50}
+    whole = script.train(small(script, **options))["run_dir"]
+    part = script.train(small(script, **options, total_timesteps=total))["run_dir"]
+    assert int(read_rows(part)[-1]["global_step"]) == total
+    if hasattr(script, "refresh_masks"):  # the last step ends no cycle
+        assert steps_with(part, "sad/actor") == [150, 200, 250, 300] == steps_with(whole, "sad/actor")[:4]
+        assert 350 in steps_with(whole, "sad/actor")
+    end = max(step for step in steps_with(part) if step < total)
+    code, out, _ = cli(script, "--resume", part, "--total-timesteps", 600, small=False)
+    assert code == 0 and f"resumed at step {end}" in out
+    assert_same_run(whole, part)
+    before = {p.name: p.read_bytes() for p in Path(part).iterdir()}
+    assert "checkpoint.pt" in before
+    code, out, _ = cli(script, "--resume", part, small=False)
+    assert code == 0 and "nothing to do" in out
+    assert before == {p.name: p.read_bytes() for p in Path(part).iterdir()}
+
+
+def test_a_finished_run_without_its_replay_cannot_go_on(script, small, cli):
+    run = script.train(small(script, total_timesteps=200))["run_dir"]
+    before = {p.name: p.read_bytes() for p in Path(run).iterdir()}
+    code, _, err = cli(script, "--resume", run, "--total-timesteps", 600, small=False)
+    assert code == 2 and "--keep-replay" in err and err.count("\n") == 1
+    assert before == {p.name: p.read_bytes() for p in Path(run).iterdir()}
+
+
+def test_clocks_go_on_after_a_resume(dense, small, monkeypatch, cli):
+    with monkeypatch.context() as patch:
+        stop_at(patch, dense, 1300)
+        run = dense.train(small(dense, total_timesteps=2500))["run_dir"]
+    clocks = ("charts/wall_time_s", "charts/cpu_time_s")
+    before = {clock: float(read_rows(run, clocks=True)[-1][clock]) for clock in clocks}
+    started, cpu_started = time.perf_counter(), time.process_time()
+    assert cli(dense, "--resume", run, small=False)[0] == 0
+    took = time.perf_counter() - started, time.process_time() - cpu_started
+    rows = read_rows(run, clocks=True)
+    for clock, most in zip(clocks, took, strict=True):
+        times = [float(row[clock]) for row in rows]
+        assert times == sorted(times) and before[clock] < times[-1] < before[clock] + most
+    row = next(row for row in rows if row["global_step"] == "1000")
+    assert 0.5 * 1000 / float(row["charts/wall_time_s"]) < float(row["charts/SPS"])
+    assert float(row["charts/update_ms"]) * 0.9 < float(row["charts/wall_time_s"])  # 900 updates
+
+
+def test_evaluations_and_checkpoints_are_no_training_time(dense, small, monkeypatch):
+    """Three evaluations and the first checkpoint are made to take half a second each."""
+    evaluate, write_files, slow = dense.evaluate, dense.write_files, [True]
+    monkeypatch.setattr(dense, "evaluate", lambda *a: time.sleep(0.5) or evaluate(*a))
+    monkeypatch.setattr(
+        dense, "write_files", lambda *a: time.sleep(0.5 if slow else 0) or slow.clear() or write_files(*a)
+    )
+    monkeypatch.setattr(dense, "hardware_report", lambda *_: None)
+    started = time.perf_counter()
+    run = dense.train(small(dense, total_timesteps=1000, eval_interval=500))["run_dir"]
+    most, last = time.perf_counter() - started - 2, read_rows(run, clocks=True)[-1]
+    assert not slow and 0.1 < float(last["charts/wall_time_s"]) < most
+    assert float(last["charts/SPS"]) > 1000 / most
+
+
+def test_second_signal_leaves_at_once(rnm, small, monkeypatch):
+    codes = []
+    monkeypatch.setattr(os, "_exit", codes.append)
+    stop_at(monkeypatch, rnm, 310, signal.SIGINT, times=2)
+    assert rnm.train(small(rnm))["exit_reason"] == "sigint"
+    assert codes == [130]
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_exit_codes_of_signals(dense, cli, monkeypatch, number, code):
+    stop_at(monkeypatch, dense, 120, number)
+    exit_code, out, _ = cli(dense, "--no-track")
+    assert exit_code == code and out.splitlines()[-1].startswith("stopped by sig") and "last checkpoint: step 1" in out
+
+
+def test_resume_with_other_code_warns_in_one_line(rnm, small, monkeypatch, cli, tmp_path):
+    with monkeypatch.context() as patch:
+        stop_at(patch, rnm, 210)
+        run = rnm.train(small(rnm))["run_dir"]
+    source = (ROOT / "rnm_td3_continuous.py").read_text()
+    fork = tmp_path / "fork" / "rnm_td3_continuous.py"
+    fork.parent.mkdir()
+    fork.write_text(source.replace("qf1_loss + qf2_loss\n", "qf1_loss + 2 * qf2_loss\n"))
+    assert fork.read_text() != source
+    code, _, err = cli(load(fork), "--resume", run, small=False)
+    hashes = [rnm.code_hash(text) for text in (source, fork.read_text())]
+    assert code == 0 and err == "warning: not bit for bit, code was {}, is {}\n".format(*hashes)
+    assert read_meta(run)["code"] == hashes[0] and read_meta(run)["resumed"][0]["code"] == hashes[1]
+
+
+def test_bad_resumes_are_refused_by_name(rnm, dense, small, cli, monkeypatch, tmp_path):
+    with monkeypatch.context() as patch:
+        stop_at(patch, rnm, 210)
+        run = Path(rnm.train(small(rnm, n=1, m=4))["run_dir"])
+    before = {p.name: p.read_bytes() for p in run.iterdir()}
+    assert set(before) == {
+        "checkpoint.pt",
+        "masks.npz",
+        "meta.json",
+        "metrics.csv",
+        "model.pt",
+        "rnm_td3_continuous.py",
+    }
+
+    def refused(*argv, module=rnm, changed=()):
+        code, out, err = cli(module, *argv, small=False)
+        assert code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1, err
+        files = {p.name: p.read_bytes() for p in run.iterdir() if p.name not in changed}
+        assert files == {name: data for name, data in before.items() if name not in changed}  # refused, and untouched
+        return err
+
+    assert "--seed is 1" in refused("--resume", run, "--seed", 2)
+    assert "--n is 1" in refused("--resume", run, "--n", 2)
+    assert "only grow" in refused("--resume", run, "--total-timesteps", 500)
+    assert "rnm_td3_continuous.py" in refused("--resume", run, module=dense)
+    assert "holds no run" in refused("--resume", tmp_path / "nowhere")
+    assert "exclude" in refused("--resume", run, "--evaluate", run)
+    path = run / "checkpoint.pt"
+    checkpoint = path.read_bytes()
+    with zipfile.ZipFile(path) as parts:
+        largest = parts.read(max(parts.infolist(), key=lambda part: part.file_size))
+    flipped = bytearray(checkpoint)
+    flipped[checkpoint.index(largest) + len(largest) // 2] ^= 1  # one bit, in what is neither a header nor padding
+    for damage in (checkpoint[: len(checkpoint) // 2], b"", b"no checkpoint", flipped):
+        path.write_bytes(damage)
+        assert "checkpoint.pt is damaged" in refused("--resume", run, changed=["checkpoint.pt"])
+    torch.save({"another": "file"}, path)
+    assert "of another version" in refused("--resume", run, changed=["checkpoint.pt"])
+    path.unlink()
+    assert "checkpoint.pt is missing" in refused("--resume", run, changed=["checkpoint.pt"])
+    path.write_bytes(checkpoint)
+    with open(run / "metrics.csv", "r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        assert "another process" in refused("--resume", run)
+    table, meta = before["metrics.csv"], before["meta.json"]
+    (run / "metrics.csv").unlink()
+    assert "metrics.csv is missing" in refused("--resume", run, changed=["metrics.csv"])
+    for damage in (table[:-30], b"x" + table):
+        (run / "metrics.csv").write_bytes(damage)
+        assert "metrics.csv is damaged" in refused("--resume", run, changed=["metrics.csv"])
+    (run / "metrics.csv").write_bytes(table + b"\0" * 100)  # as a power cut may leave it
+    (run / "meta.json").write_bytes(meta[:100])
+    assert "holds no run" in refused("--resume", run, changed=["metrics.csv", "meta.json"])
+    (run / "meta.json").write_bytes(meta.replace(b'"threads": 1', b'"threads": 2', 1))
+    code, _, err = cli(rnm, "--resume", run, "--checkpoint-interval", 50, small=False)
+    assert code == 0 and err == "warning: not bit for bit, threads was 2, is 1\n"
+    assert b"\0" not in (run / "metrics.csv").read_bytes()
+
+
+def test_an_empty_folder_name_is_no_fresh_start(dense, cli, tmp_path):
+    """As `--resume "$RUN"` gives it where RUN is not set: an error, not a run from the beginning."""
+    for flag in ("--resume", "--evaluate"):
+        code, _, err = cli(dense, flag, "", "--no-track", "--total-timesteps", 1)
+        assert code == 2 and err.count("\n") == 1 and not (tmp_path / "runs").exists()
