@@ -28,7 +28,6 @@ import subprocess
 import sys
 import time
 import warnings
-import zipfile
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -153,16 +152,13 @@ Network = namedtuple("Network", "name online target optimizer")
 
 
 class Agent:
-    """TD3's networks, also by their names (agent.qf1, agent.qf1_target, agent.target_actor), and two optimizers.
-
-    Everything that is done to all networks (masks, Polyak averages, checkpoints, logging) follows the list `networks`.
-    """
+    """TD3's networks, also by their names (agent.qf1, agent.qf1_target, agent.target_actor), and two optimizers."""
 
     def __init__(self, networks: dict[str, nn.Module], learning_rate: float):
         critics = [param for name, net in networks.items() if name != "actor" for param in net.parameters()]
         self.q_optimizer = make_adam(critics, learning_rate)
         self.actor_optimizer = make_adam(networks["actor"].parameters(), learning_rate)
-        self.networks = []
+        self.networks = []  # masks, Polyak averages, sizes, logged columns follow this list
         for name, net in networks.items():
             target = copy.deepcopy(net).requires_grad_(False)  # targets start as copies
             optimizer = self.actor_optimizer if name == "actor" else self.q_optimizer
@@ -270,8 +266,7 @@ def train(args: Args) -> dict:
         load_checkpoint(args, state, agent, rb, rng, env)
     with Run(args, metric_columns(agent), stats, state) as run:
         if not args.resume:
-            density = {f"sparsity/density/{name}": value for name, value in stats["density"].items()}
-            run.log(0, density | run.evaluate(agent.actor, eval_seeds, 0))
+            run.log(0, run.density | run.evaluate(agent.actor, eval_seeds, 0))
             save_checkpoint(run, state, agent, rb, rng, env)
         obs = reset(env, state.global_step)
         while state.global_step < args.total_timesteps:
@@ -280,8 +275,7 @@ def train(args: Args) -> dict:
             else:
                 noise = exploration_scale * torch.randn(low.shape, generator=rng["exploration"])
                 action = (act(agent.actor, obs) + noise).clamp(low, high)
-            action = action.numpy()
-            next_obs, reward, terminated, truncated, info = env.step(action)
+            next_obs, reward, terminated, truncated, info = env.step(action.numpy())
             state.global_step = global_step = state.global_step + 1
             check_finite("observation or reward", global_step, next_obs, float(reward))
             # next_obs is the true successor, also where an episode is cut off: only termination cuts the bootstrap
@@ -398,7 +392,7 @@ def main() -> int:
             print(f"{args.resume} is finished (final score {meta['final_score']}), nothing to do")
             return 0
         return {"sigint": 130, "sigterm": 143}.get(train(args)["exit_reason"], 0)
-    except (UserError, FloatingPointError, OSError) as error:
+    except (UserError, FloatingPointError, MemoryError, OSError) as error:
         print(f"error: {first_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
@@ -417,10 +411,7 @@ class ReplayBuffer:
 
     def __init__(self, size: int, columns: dict[str, int], device: str):
         self.size, self.widths, self.device, self.added = size, list(columns.values()), device, 0
-        try:
-            self.array = np.zeros((size, sum(self.widths)), np.float32)  # takes memory only as it fills
-        except (MemoryError, ValueError):
-            raise UserError(f"--buffer-size {size} is more than memory holds") from None
+        self.array = np.zeros((size, sum(self.widths)), np.float32)  # takes memory only as it fills
         self.rows, self.Batch = torch.from_numpy(self.array), namedtuple("Batch", columns)
         stops = np.cumsum(self.widths).tolist()
         self.places = {name: slice(stop - columns[name], stop) for name, stop in zip(columns, stops, strict=True)}
@@ -562,7 +553,7 @@ def evaluate_run(args: "Args") -> int:
     torch.set_num_threads(args.threads)
     path, actor = Path(args.evaluate, "model.pt"), make_networks(args, make_env(args.env_id))["actor"]
     try:
-        content = read_torch(path)
+        content = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
         actor.load_state_dict({name: content["actor"][name.removeprefix("net.")] for name in actor.state_dict()})
         observations, actions = content["probe"]
     except Exception as error:
@@ -653,13 +644,11 @@ class Run:
             pattern, now = f"_{args.n}of{args.m}" if hasattr(args, "n") else "", time.strftime("%Y%m%d-%H%M%S")
             name = re.sub(r"[^\w.-]", "-", f"{args.env_id}__{args.exp_name}{pattern}__s{args.seed}__{now}")
             self.dir = Path(args.runs_dir, name)
-            try:
-                self.dir.mkdir(parents=True)
-                shutil.copy(__file__, self.dir)
-            except OSError as error:
-                raise UserError(f"--runs-dir {args.runs_dir}: {error}") from None
+            self.dir.mkdir(parents=True)
+            shutil.copy(__file__, self.dir)
             self.meta = {"script": Path(__file__).name, "run_name": name, "start": time.strftime(self.ISO)}
             self.meta["wandb_id"] = f"{name}-{os.urandom(2).hex()}"  # names are unique in a folder only
+        self.density = {f"sparsity/density/{name}": value for name, value in stats["density"].items()}
         self.csv = open_metrics(self.dir / "metrics.csv", columns, state.csv_bytes)
         self.writer = csv.DictWriter(self.csv, columns, lineterminator="\n")
         self.meta |= facts | {"args": vars(args) | {"resume": None}, "end": None}
@@ -840,12 +829,6 @@ def write_atomic(path: Path, write) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def read_torch(path: Path) -> dict:
-    if (broken := zipfile.ZipFile(path).testzip()) is not None:  # torch.load does not look at checksums
-        raise ValueError(f"{broken} is not what was written")
-    return torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-
-
 def save_checkpoint(run: Run, state: "State", agent: "Agent", rb: ReplayBuffer, rng: dict, env: gym.Env) -> None:
     """All that a resume needs at an episode's end, in one file."""
     with run.timed("paused"):
@@ -865,7 +848,7 @@ def load_checkpoint(args: "Args", state: "State", agent: "Agent", rb: ReplayBuff
     if not path.exists():
         raise UserError(f"{path} is missing: a run that finished without --keep-replay can't go on")
     try:
-        content = read_torch(path)
+        content = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
         for name, part in {**vars(agent), "rb": rb}.items():
             if hasattr(part, "load_state_dict"):
                 part.load_state_dict(content[name])

@@ -67,9 +67,9 @@ INTERVALS = (100, 1000, 10_000)  # K, updates between two masks
 
 # --- shared: colors ---
 # Okabe and Ito's colours first, one for each pattern everywhere.
-COLORS = {"dense": "#000000", "2:4": "#0072B2", "1:4": "#E69F00", "1:8": "#009E73", "1:16": "#CC79A7", "4:8": "#56B4E9",
-          "2:8": "#D55E00", "1:2": "#882255", "3:4": "#AA8800", "1:32": "#332288", "2:16": "#6699CC",
-          "4:16": "#44AA99"}  # fmt: skip
+PATTERNS = "dense 2:4 1:4 1:8 1:16 4:8 2:8 1:2 3:4 1:32 2:16 4:16".split()
+CODES = "000000 0072B2 E69F00 009E73 CC79A7 56B4E9 D55E00 882255 AA8800 332288 6699CC 44AA99".split()
+COLORS = {pattern: f"#{code}" for pattern, code in zip(PATTERNS, CODES, strict=True)}
 
 
 def pattern_color(pattern: str) -> str:
@@ -1070,16 +1070,16 @@ typedef struct {
 #endif
 #define ADD(to, j) { \
         const vec *p = AT(x, (uint16_t)(four >> 16 * (j))), v = SPREAD(val + k, j); \
-        for (int i = 0; i < vecs; i++) to[i] += v * p[i]; }
+        for (int i = 0; i < V; i++) to[i] += v * p[i]; }
 INLINE vec positive(vec a, vec y) { return (vec)((bits)a & ~(bits)(y <= zero)); }  // a, or 0 where y <= 0; NaN stays
-INLINE void part(const int vecs, csr m, const float *val, const float *bias, const float *x, float *y,
-                 const float *gate) {
+// One tile of y = m x (+ bias), 0 where gate <= 0: relu if gate is y.
+APART void product(csr m, const float *val, const float *bias, const float *x, float *y, const float *gate) {
     for (long j = 0; j < m.blocks; j++)
         for (long r = 0; r < m.rows; r++) {
             const int32_t *ptr = m.ptr + r * m.row_step + j * m.block_step;
             const vec start = zero + (bias ? bias[r] : 0);
             vec a[V], b[V], *out = (vec *)y + r * V;
-            for (int i = 0; i < vecs; i++) a[i] = j ? out[i] : start, b[i] = zero;
+            for (int i = 0; i < V; i++) a[i] = j ? out[i] : start, b[i] = zero;
             int k = ptr[0];
             for (const int end = ptr[1] - 3; k < end; k += 4) {
                 uint64_t four;  // columns by one load
@@ -1087,18 +1087,13 @@ INLINE void part(const int vecs, csr m, const float *val, const float *bias, con
                 ADD(a, 0) ADD(b, 1) ADD(a, 2) ADD(b, 3)
             }
             for (; k < ptr[1]; k++)
-                for (int i = 0; i < vecs; i++) a[i] += val[k] * AT(x, m.col[k])[i];
-            for (int i = 0; i < vecs; i++) {
+                for (int i = 0; i < V; i++) a[i] += val[k] * AT(x, m.col[k])[i];
+            for (int i = 0; i < V; i++) {
                 a[i] += b[i];
                 if (gate && j == m.blocks - 1) a[i] = positive(a[i], gate == y ? a[i] : AT(gate, r)[i]);
                 out[i] = a[i];
             }
         }
-}
-// One tile of y = m x (+ bias), 0 where gate <= 0: relu if gate is y. Only the first vector if that is enough.
-APART void product(csr m, const float *val, const float *bias, const float *x, float *y, const float *gate, int few) {
-    if (few) part(1, m, val, bias, x, y, gate);
-    else part(V, m, val, bias, x, y, gate);
 }
 INLINE vec dot(const vec *d, const vec *x) { return d[0] * x[0] + d[1] * x[1] + (d[2] * x[2] + d[3] * x[3]); }
 INLINE void add_sums(float *to, vec a, vec b, vec c, vec d) {  // to[0] += the sum over the lanes of a, to[1] += ... b
@@ -1165,7 +1160,7 @@ void nm_forward(const call *c) {
         const long n = pack(c, at, width, x);
         for (const layer *l = c->layers; l < c->layers + c->depth; l++, x = y, y += width * LANES) {
             width = l->m->by_row.rows;
-            product(l->m->by_row, l->val, l->bias, x, y, l->relu ? y : 0, !c->keep && n <= W);
+            product(l->m->by_row, l->val, l->bias, x, y, l->relu ? y : 0);
         }
         transpose(x, LANES, width, n, c->y + at * width, width);
     }
@@ -1176,10 +1171,6 @@ void nm_backward(const call *c) {
     float *end = c->scratch + 2 * c->widest * LANES;
     for (const layer *l = first + !c->y; l <= last; l++)
         for (long k = 0; k < l->m->count; k++) *end++ = l->val[l->m->place[k]];
-    for (const layer *l = first; l <= last && last->dbias; l++) {
-        memset(l->dval, 0, l->m->count * sizeof(float));
-        memset(l->dbias, 0, l->m->by_row.rows * sizeof(float));
-    }
     for (long at = (c->batch + LANES - 1) / LANES * LANES - LANES; at >= 0; at -= LANES) {  // the last is in the caches
         float *d = c->scratch, *dx = d + c->widest * LANES, *old, *val = end, *x;
         float *y = c->acts + (at + LANES) * c->width - rows * LANES;
@@ -1191,7 +1182,7 @@ void nm_backward(const call *c) {
             if (l->dbias) grad_weight(l->m->by_row, d, x, l->dval, l->dbias);
             if (l == first && !c->y) break;
             val -= l->m->count;
-            product(l->m->by_col, val, 0, d, dx, l > first && l[-1].relu ? x : 0, 0);
+            product(l->m->by_col, val, 0, d, dx, l > first && l[-1].relu ? x : 0);
         }
         if (c->y) transpose(d, LANES, cols, n, c->y + at * cols, cols);
     }
@@ -1261,7 +1252,7 @@ def chain_backward(chain: Layers, params, acts: torch.Tensor, dy: torch.Tensor, 
     (cols, rows, width, widest, nnz), dy = sizes(tuple(chain)), dy.contiguous()
     scratch = dy.new_empty(2 * widest * load_kernels().nm_lanes() + nnz)
     dx = dy.new_empty(len(dy), cols) if need_dx else None
-    grads = [torch.empty_like(tensor) for tensor in params] if need_grads else None
+    grads = [torch.zeros_like(tensor) for tensor in params] if need_grads else None
     numbers = len(dy), rows, width, widest, True
     call(load_kernels().nm_backward, chain, params, grads, numbers, dy, dx, acts, scratch)
     return dx, grads

@@ -7,9 +7,7 @@ Fujimoto, van Hoof, Meger, "Addressing Function Approximation Error in Actor-Cri
   Figure 1, left: W and E give W~, only active weights learn     -> NMLinear
   Figure 1, right: after K updates a new E is taken from W       -> refresh_masks
   SAD, Sparse Architecture Divergence (arXiv 2102.04010)         -> sad_metrics
-  TD3, Algorithm 1: target smoothing, clipped double-Q target    -> update_critics
-  TD3, Algorithm 1: delayed policy, Polyak-averaged targets      -> update_actor, update_targets
-  the order of everything                                        -> update_agent, train
+  TD3, Algorithm 1: smoothed, clipped double-Q target; delays    -> update_critics, update_actor, update_agent
 
 Train with `python rnm_td3_continuous.py --env-id Ant-v4 --n 1 --m 8`, go on with --resume runs/<run_name>, measure a
 trained policy with --evaluate runs/<run_name>. Decisions where the paper's abstract and figure are silent:
@@ -44,7 +42,6 @@ import sys
 import tempfile
 import time
 import warnings
-import zipfile
 from array import array
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass, replace
@@ -160,8 +157,7 @@ class NMLinear(nn.Module):
 
     Only `active_weights` [kept], the weights at which E is True, row after row, and `bias` are parameters: an inactive
     weight has no gradient and no place in the optimizer, so it can't move (D2). It rests in the dense W [out, in], its
-    Adam moments in exp_avg and exp_avg_sq [out, in], until a new mask takes it in again. At active positions these
-    stores are out of date between refreshes.
+    Adam moments in exp_avg and exp_avg_sq, until a new mask takes it in; these are not kept current where E is True.
     """
 
     def __init__(self, linear: nn.Linear, n: int, m: int):
@@ -173,7 +169,7 @@ class NMLinear(nn.Module):
         E = project(self.W, n, m)
         self.register_buffer("positions", E.flatten().nonzero()[:, 0])  # [kept], place of each active weight in W
         self.active_weights = nn.Parameter(self.W.take(self.positions))
-        self.bias = nn.Parameter(linear.bias.detach().clone())
+        self.register_parameter("bias", linear.bias)
 
     def set_mask(self, E: torch.Tensor) -> None:
         """Take a new mask [out, in], whose rows may differ in length but which must keep as many weights in all."""
@@ -265,16 +261,13 @@ Network = namedtuple("Network", "name online target optimizer")
 
 
 class Agent:
-    """TD3's networks, also by their names (agent.qf1, agent.qf1_target, agent.target_actor), and two optimizers.
-
-    Everything that is done to all networks (masks, Polyak averages, checkpoints, logging) follows the list `networks`.
-    """
+    """TD3's networks, also by their names (agent.qf1, agent.qf1_target, agent.target_actor), and two optimizers."""
 
     def __init__(self, networks: dict[str, nn.Module], learning_rate: float):
         critics = [param for name, net in networks.items() if name != "actor" for param in net.parameters()]
         self.q_optimizer = make_adam(critics, learning_rate)
         self.actor_optimizer = make_adam(networks["actor"].parameters(), learning_rate)
-        self.networks = []
+        self.networks = []  # masks, Polyak averages, sizes, logged columns follow this list
         for name, net in networks.items():
             target = copy.deepcopy(net).requires_grad_(False)  # targets start as copies
             optimizer = self.actor_optimizer if name == "actor" else self.q_optimizer
@@ -386,8 +379,7 @@ def train(args: Args) -> dict:
     columns = metric_columns(agent) + list(sad_metrics(first_masks, first_masks, first_masks))
     with Run(args, columns, stats, state) as run:
         if not args.resume:
-            density = {f"sparsity/density/{name}": value for name, value in stats["density"].items()}
-            run.log(0, density | run.evaluate(agent.actor, eval_seeds, 0))
+            run.log(0, run.density | run.evaluate(agent.actor, eval_seeds, 0))
             save_checkpoint(run, state, agent, rb, rng, env)
         obs = reset(env, state.global_step)
         while state.global_step < args.total_timesteps:
@@ -396,8 +388,7 @@ def train(args: Args) -> dict:
             else:
                 noise = exploration_scale * torch.randn(low.shape, generator=rng["exploration"])
                 action = (act(agent.actor, obs) + noise).clamp(low, high)
-            action = action.numpy()
-            next_obs, reward, terminated, truncated, info = env.step(action)
+            next_obs, reward, terminated, truncated, info = env.step(action.numpy())
             state.global_step = global_step = state.global_step + 1
             check_finite("observation or reward", global_step, next_obs, float(reward))
             # next_obs is the true successor, also where an episode is cut off: only termination cuts the bootstrap
@@ -417,8 +408,7 @@ def train(args: Args) -> dict:
             if global_step % args.eval_interval == 0 or last:
                 row |= run.evaluate(agent.actor, eval_seeds, global_step)
                 state.evaluations.append([global_step, row["eval/episodic_return"]])
-            K = args.mask_update_interval
-            if learning and K and state.update % K == 0 and not last:  # after the evaluation (D4)
+            if learning and not last and (K := args.mask_update_interval) and state.update % K == 0:  # (D4)
                 with run.timed("updates"):
                     masks = get_masks(agent)
                     refresh_masks(agent)
@@ -481,8 +471,9 @@ def plain_state(net: nn.Module) -> dict[str, torch.Tensor]:
     """A network's state as plain layers hold it: of N:M layers weight [out, in], zero where inactive, and bias."""
     state = {name.removeprefix("net."): tensor for name, tensor in net.state_dict().items()}
     for name, layer in nm_layers(net).items():
-        state = {key: tensor for key, tensor in state.items() if not key.startswith(f"{name}.")}
-        state |= {f"{name}.weight": layer.weight.detach(), f"{name}.bias": layer.bias.detach()}
+        mine = [key for key in state if key.startswith(f"{name}.") and key != f"{name}.bias"]
+        state = {key: tensor for key, tensor in state.items() if key not in mine}
+        state[f"{name}.weight"] = layer.weight.detach()
     return state
 
 
@@ -568,7 +559,7 @@ def main() -> int:
             print(f"{args.resume} is finished (final score {meta['final_score']}), nothing to do")
             return 0
         return {"sigint": 130, "sigterm": 143}.get(train(args)["exit_reason"], 0)
-    except (UserError, FloatingPointError, OSError) as error:
+    except (UserError, FloatingPointError, MemoryError, OSError) as error:
         print(f"error: {first_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
     except KeyboardInterrupt:
@@ -587,10 +578,7 @@ class ReplayBuffer:
 
     def __init__(self, size: int, columns: dict[str, int], device: str):
         self.size, self.widths, self.device, self.added = size, list(columns.values()), device, 0
-        try:
-            self.array = np.zeros((size, sum(self.widths)), np.float32)  # takes memory only as it fills
-        except (MemoryError, ValueError):
-            raise UserError(f"--buffer-size {size} is more than memory holds") from None
+        self.array = np.zeros((size, sum(self.widths)), np.float32)  # takes memory only as it fills
         self.rows, self.Batch = torch.from_numpy(self.array), namedtuple("Batch", columns)
         stops = np.cumsum(self.widths).tolist()
         self.places = {name: slice(stop - columns[name], stop) for name, stop in zip(columns, stops, strict=True)}
@@ -732,7 +720,7 @@ def evaluate_run(args: "Args") -> int:
     torch.set_num_threads(args.threads)
     path, actor = Path(args.evaluate, "model.pt"), make_networks(args, make_env(args.env_id))["actor"]
     try:
-        content = read_torch(path)
+        content = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
         actor.load_state_dict({name: content["actor"][name.removeprefix("net.")] for name in actor.state_dict()})
         observations, actions = content["probe"]
     except Exception as error:
@@ -823,13 +811,11 @@ class Run:
             pattern, now = f"_{args.n}of{args.m}" if hasattr(args, "n") else "", time.strftime("%Y%m%d-%H%M%S")
             name = re.sub(r"[^\w.-]", "-", f"{args.env_id}__{args.exp_name}{pattern}__s{args.seed}__{now}")
             self.dir = Path(args.runs_dir, name)
-            try:
-                self.dir.mkdir(parents=True)
-                shutil.copy(__file__, self.dir)
-            except OSError as error:
-                raise UserError(f"--runs-dir {args.runs_dir}: {error}") from None
+            self.dir.mkdir(parents=True)
+            shutil.copy(__file__, self.dir)
             self.meta = {"script": Path(__file__).name, "run_name": name, "start": time.strftime(self.ISO)}
             self.meta["wandb_id"] = f"{name}-{os.urandom(2).hex()}"  # names are unique in a folder only
+        self.density = {f"sparsity/density/{name}": value for name, value in stats["density"].items()}
         self.csv = open_metrics(self.dir / "metrics.csv", columns, state.csv_bytes)
         self.writer = csv.DictWriter(self.csv, columns, lineterminator="\n")
         self.meta |= facts | {"args": vars(args) | {"resume": None}, "end": None}
@@ -1010,12 +996,6 @@ def write_atomic(path: Path, write) -> None:
         temporary.unlink(missing_ok=True)
 
 
-def read_torch(path: Path) -> dict:
-    if (broken := zipfile.ZipFile(path).testzip()) is not None:  # torch.load does not look at checksums
-        raise ValueError(f"{broken} is not what was written")
-    return torch.load(path, weights_only=True, map_location="cpu", mmap=True)
-
-
 def save_checkpoint(run: Run, state: "State", agent: "Agent", rb: ReplayBuffer, rng: dict, env: gym.Env) -> None:
     """All that a resume needs at an episode's end, in one file."""
     with run.timed("paused"):
@@ -1035,7 +1015,7 @@ def load_checkpoint(args: "Args", state: "State", agent: "Agent", rb: ReplayBuff
     if not path.exists():
         raise UserError(f"{path} is missing: a run that finished without --keep-replay can't go on")
     try:
-        content = read_torch(path)
+        content = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
         for name, part in {**vars(agent), "rb": rb}.items():
             if hasattr(part, "load_state_dict"):
                 part.load_state_dict(content[name])
@@ -1135,16 +1115,16 @@ typedef struct {
 #endif
 #define ADD(to, j) { \
         const vec *p = AT(x, (uint16_t)(four >> 16 * (j))), v = SPREAD(val + k, j); \
-        for (int i = 0; i < vecs; i++) to[i] += v * p[i]; }
+        for (int i = 0; i < V; i++) to[i] += v * p[i]; }
 INLINE vec positive(vec a, vec y) { return (vec)((bits)a & ~(bits)(y <= zero)); }  // a, or 0 where y <= 0; NaN stays
-INLINE void part(const int vecs, csr m, const float *val, const float *bias, const float *x, float *y,
-                 const float *gate) {
+// One tile of y = m x (+ bias), 0 where gate <= 0: relu if gate is y.
+APART void product(csr m, const float *val, const float *bias, const float *x, float *y, const float *gate) {
     for (long j = 0; j < m.blocks; j++)
         for (long r = 0; r < m.rows; r++) {
             const int32_t *ptr = m.ptr + r * m.row_step + j * m.block_step;
             const vec start = zero + (bias ? bias[r] : 0);
             vec a[V], b[V], *out = (vec *)y + r * V;
-            for (int i = 0; i < vecs; i++) a[i] = j ? out[i] : start, b[i] = zero;
+            for (int i = 0; i < V; i++) a[i] = j ? out[i] : start, b[i] = zero;
             int k = ptr[0];
             for (const int end = ptr[1] - 3; k < end; k += 4) {
                 uint64_t four;  // columns by one load
@@ -1152,18 +1132,13 @@ INLINE void part(const int vecs, csr m, const float *val, const float *bias, con
                 ADD(a, 0) ADD(b, 1) ADD(a, 2) ADD(b, 3)
             }
             for (; k < ptr[1]; k++)
-                for (int i = 0; i < vecs; i++) a[i] += val[k] * AT(x, m.col[k])[i];
-            for (int i = 0; i < vecs; i++) {
+                for (int i = 0; i < V; i++) a[i] += val[k] * AT(x, m.col[k])[i];
+            for (int i = 0; i < V; i++) {
                 a[i] += b[i];
                 if (gate && j == m.blocks - 1) a[i] = positive(a[i], gate == y ? a[i] : AT(gate, r)[i]);
                 out[i] = a[i];
             }
         }
-}
-// One tile of y = m x (+ bias), 0 where gate <= 0: relu if gate is y. Only the first vector if that is enough.
-APART void product(csr m, const float *val, const float *bias, const float *x, float *y, const float *gate, int few) {
-    if (few) part(1, m, val, bias, x, y, gate);
-    else part(V, m, val, bias, x, y, gate);
 }
 INLINE vec dot(const vec *d, const vec *x) { return d[0] * x[0] + d[1] * x[1] + (d[2] * x[2] + d[3] * x[3]); }
 INLINE void add_sums(float *to, vec a, vec b, vec c, vec d) {  // to[0] += the sum over the lanes of a, to[1] += ... b
@@ -1230,7 +1205,7 @@ void nm_forward(const call *c) {
         const long n = pack(c, at, width, x);
         for (const layer *l = c->layers; l < c->layers + c->depth; l++, x = y, y += width * LANES) {
             width = l->m->by_row.rows;
-            product(l->m->by_row, l->val, l->bias, x, y, l->relu ? y : 0, !c->keep && n <= W);
+            product(l->m->by_row, l->val, l->bias, x, y, l->relu ? y : 0);
         }
         transpose(x, LANES, width, n, c->y + at * width, width);
     }
@@ -1241,10 +1216,6 @@ void nm_backward(const call *c) {
     float *end = c->scratch + 2 * c->widest * LANES;
     for (const layer *l = first + !c->y; l <= last; l++)
         for (long k = 0; k < l->m->count; k++) *end++ = l->val[l->m->place[k]];
-    for (const layer *l = first; l <= last && last->dbias; l++) {
-        memset(l->dval, 0, l->m->count * sizeof(float));
-        memset(l->dbias, 0, l->m->by_row.rows * sizeof(float));
-    }
     for (long at = (c->batch + LANES - 1) / LANES * LANES - LANES; at >= 0; at -= LANES) {  // the last is in the caches
         float *d = c->scratch, *dx = d + c->widest * LANES, *old, *val = end, *x;
         float *y = c->acts + (at + LANES) * c->width - rows * LANES;
@@ -1256,7 +1227,7 @@ void nm_backward(const call *c) {
             if (l->dbias) grad_weight(l->m->by_row, d, x, l->dval, l->dbias);
             if (l == first && !c->y) break;
             val -= l->m->count;
-            product(l->m->by_col, val, 0, d, dx, l > first && l[-1].relu ? x : 0, 0);
+            product(l->m->by_col, val, 0, d, dx, l > first && l[-1].relu ? x : 0);
         }
         if (c->y) transpose(d, LANES, cols, n, c->y + at * cols, cols);
     }
@@ -1326,7 +1297,7 @@ def chain_backward(chain: Layers, params, acts: torch.Tensor, dy: torch.Tensor, 
     (cols, rows, width, widest, nnz), dy = sizes(tuple(chain)), dy.contiguous()
     scratch = dy.new_empty(2 * widest * load_kernels().nm_lanes() + nnz)
     dx = dy.new_empty(len(dy), cols) if need_dx else None
-    grads = [torch.empty_like(tensor) for tensor in params] if need_grads else None
+    grads = [torch.zeros_like(tensor) for tensor in params] if need_grads else None
     numbers = len(dy), rows, width, widest, True
     call(load_kernels().nm_backward, chain, params, grads, numbers, dy, dx, acts, scratch)
     return dx, grads

@@ -502,9 +502,9 @@ def make_studies(runs: list[Run]) -> tuple[list[Study], list[tuple[str, str]]]:
 
 # --- shared: colors ---
 # Okabe and Ito's colours first, one for each pattern everywhere.
-COLORS = {"dense": "#000000", "2:4": "#0072B2", "1:4": "#E69F00", "1:8": "#009E73", "1:16": "#CC79A7", "4:8": "#56B4E9",
-          "2:8": "#D55E00", "1:2": "#882255", "3:4": "#AA8800", "1:32": "#332288", "2:16": "#6699CC",
-          "4:16": "#44AA99"}  # fmt: skip
+PATTERNS = "dense 2:4 1:4 1:8 1:16 4:8 2:8 1:2 3:4 1:32 2:16 4:16".split()
+CODES = "000000 0072B2 E69F00 009E73 CC79A7 56B4E9 D55E00 882255 AA8800 332288 6699CC 44AA99".split()
+COLORS = {pattern: f"#{code}" for pattern, code in zip(PATTERNS, CODES, strict=True)}
 
 
 def pattern_color(pattern: str) -> str:

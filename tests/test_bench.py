@@ -24,9 +24,21 @@ def run(monkeypatch, *argv):
 
 
 SMALL = ("--widths", 40, "--patterns", "1:4", "--repetitions", 1)
-BAD = [("--steps", 1), ("--repetitions", 0), ("--env-id", "No-v0"), ("--widths", 0), ("--batch-sizes", 0),
-       ("--patterns", "8:4"), ("--patterns",), ("--patterns", "two"), ("--patterns", "²:4"), ("--hidden-dims", 0),
-       ("--device", "cuda"), ("--end-to-end", "--device", "cuda"), ("--out", "/dev/null/x")]  # fmt: skip
+BAD = [
+    ("--steps", 1),
+    ("--repetitions", 0),
+    ("--env-id", "No-v0"),
+    ("--widths", 0),
+    ("--batch-sizes", 0),
+    ("--patterns", "8:4"),
+    ("--patterns",),
+    ("--patterns", "two"),
+    ("--patterns", "²:4"),
+    ("--hidden-dims", 0),
+    ("--device", "cuda"),
+    ("--end-to-end", "--device", "cuda"),
+    ("--out", "/dev/null/x"),
+]
 
 
 @pytest.mark.parametrize("argv", BAD)
@@ -76,8 +88,11 @@ def test_kernels_are_measured(monkeypatch, tmp_path, capsys):
     assert actor[""]["bytes"] == 4 * (105 * 256 + 256 + 256 * 256 + 256 + 256 * 8 + 8)
     kept = 256 * (26 + 1) + 256 * 64 + 8 * 256  # of 105 inputs 26 groups and a single one; the output layer is dense
     assert actor["1:4"]["bytes"] == 4 * (kept + 256 + 256 + 8) + 2 * kept
-    trained = {row["pattern"]: row["us"] for row in content["layers"]
-               if row["product"] == "all three" and row["implementation"] == "N:M" and row["inputs"] == 40}  # fmt: skip
+    trained = {
+        row["pattern"]: row["us"]
+        for row in content["layers"]
+        if row["product"] == "all three" and row["implementation"] == "N:M" and row["inputs"] == 40
+    }
     assert [row["pattern"] for row in content["masks"]] == ["1:4", "2:8"]
     for row in content["masks"]:
         share = (row["project_us"] + row["index_us"]) / (1000 * trained[row["pattern"]])
@@ -171,8 +186,13 @@ def test_ctrl_c_keeps_what_is_measured(monkeypatch, tmp_path, stage):
 
 def test_noise(monkeypatch, tmp_path, capsys):
     for factor, warned in ((1.05, False), (1.2, True)):
-        monkeypatch.setattr(bench, "time_once", lambda functions, factor=factor: {
-            key: 1e-3 * (factor if key[0] == "dense again" else 1) for key in functions})  # fmt: skip
+        monkeypatch.setattr(
+            bench,
+            "time_once",
+            lambda functions, factor=factor: {
+                key: 1e-3 * (factor if key[0] == "dense again" else 1) for key in functions
+            },
+        )
         assert run(monkeypatch, *SMALL, "--batch-sizes", 64, "--out", tmp_path) == 0
         out = capsys.readouterr().out
         assert ("too noisy" in out) is warned and ("differs from itself by 4.8%" in out) is not warned
@@ -306,8 +326,14 @@ def test_wandb_gets_tables_and_figures(monkeypatch, tmp_path):
         def add_file(self, path):
             self.files.append(path)
 
-    stub = SimpleNamespace(login=lambda **_: False, init=lambda **kw: opened.update(kw) or Run(), Settings=dict,
-                           Table=lambda columns, data: (columns, data), Image=str, Artifact=Artifact)  # fmt: skip
+    stub = SimpleNamespace(
+        login=lambda **_: False,
+        init=lambda **kw: opened.update(kw) or Run(),
+        Settings=dict,
+        Table=lambda columns, data: (columns, data),
+        Image=str,
+        Artifact=Artifact,
+    )
     monkeypatch.setitem(sys.modules, "wandb", stub)
     monkeypatch.delenv("WANDB_MODE", raising=False)
     assert run(monkeypatch, *SMALL, "--out", tmp_path, "--wandb-project-name", "mine") == 0
@@ -327,8 +353,19 @@ def test_the_actor_and_the_figure_by_hand(monkeypatch):
     bench.measure_actor(bench.Args(patterns=(), repetitions=1), content)
     assert [row["p50_us"] for row in content["actor"]] == [149.5, 149.5]  # of 0 to 299
     assert [row["p99_us"] for row in content["actor"]] == [296.0, 296.0]
-    rows = [{"implementation": "N:M", "pattern": p, "inputs": w, "outputs": w, "batch": 256, "product": "all three",
-             "x_best_fp32": w / 64} for p in ("2:4", "1:16") for w in (128, 256)]  # fmt: skip
+    rows = [
+        {
+            "implementation": "N:M",
+            "pattern": p,
+            "inputs": w,
+            "outputs": w,
+            "batch": 256,
+            "product": "all three",
+            "x_best_fp32": w / 64,
+        }
+        for p in ("2:4", "1:16")
+        for w in (128, 256)
+    ]
     (ax,) = bench.draw_speedup({"layers": rows, "conditions": {"gpu": None}}).axes
     levels = {line.get_ydata()[0] for line in ax.lines if line.get_linestyle() == ":"}
     assert levels == {2, 16} and [2.0, 4.0] in [list(line.get_ydata()) for line in ax.lines]

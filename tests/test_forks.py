@@ -96,9 +96,8 @@ EDITS = {
     ],
     "layer's forward": [
         (
-            "    def forward(self, x: torch.Tensor) -> torch.Tensor:\n        return F.linear(x, self.weight, self.bias)\n\n\ndef sp",
-            "    def forward(self, x: torch.Tensor) -> torch.Tensor:\n"
-            "        return F.linear(x, 1.5 * self.weight, self.bias)\n\n\ndef sp",
+            "        return F.linear(x, self.weight, self.bias)\n",
+            "        return F.linear(x, 1.5 * self.weight, self.bias)\n",
         )
     ],
     "dropout": [

@@ -191,6 +191,9 @@ def test_same_seed_same_numbers_and_evaluation_is_free(script, small):
     assert_same_model(a, c)
     assert steps_with(a, "eval/episodic_return") != steps_with(c, "eval/episodic_return")
     assert read_rows(a) != read_rows(d)
+    first = [read_model(script.train(small(script, seed=seed, total_timesteps=1))["run_dir"]) for seed in (3, 4)]
+    for net in NETS:  # as initialised
+        assert not torch.equal(*(model[net]["fc1.weight"] for model in first))
 
 
 def test_runs_that_start_within_a_second_have_folders_of_their_own(dense, small, monkeypatch, tmp_path):

@@ -5,7 +5,7 @@ import numpy as np
 
 
 class Reach(gym.Env):
-    """A point on a line is moved by the first action; reward -(x - 1)^2 / 10. The action's bounds and their width differ by dimension.
+    """A point on a line is moved by the first action; reward -(x - 1)^2 / 10. Bounds and scale differ by dimension.
 
     Ends (terminated) beyond |x| > 4; `fault_at` makes a step of the environment's life return NaN.
     """
