@@ -30,6 +30,7 @@ import time
 import warnings
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass, replace
+from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal, get_type_hints
@@ -85,7 +86,7 @@ class Args:
     """units in each of the two hidden layers, >= 1"""
     device: Literal["cpu", "cuda"] = "cpu"
     """where the networks live"""
-    threads: Positive = 1
+    threads: Annotated[int, 1, 1024] = 1
     """CPU threads of torch, >= 1; one per run fills a machine best"""
     eval_interval: Positive = 10_000
     """environment steps between evaluations (also at 0 and at the end), >= 1"""
@@ -205,13 +206,14 @@ def update_critics(agent: Agent, data, args: Args, generator: torch.Generator) -
 
 def update_actor(agent: Agent, data) -> dict[str, torch.Tensor]:
     """One step of the actor up the first critic's gradient."""
-    for param in agent.q_optimizer.param_groups[0]["params"]:
+    critics = [param for param in agent.q_optimizer.param_groups[0]["params"] if param.requires_grad]
+    for param in critics:
         param.requires_grad_(False)  # the gradient passes through the critic, whose own weights need none here
     actor_loss = -agent.qf1(data.observations, agent.actor(data.observations)).mean()
     agent.actor_optimizer.zero_grad()
     actor_loss.backward()
     agent.actor_optimizer.step()
-    for param in agent.q_optimizer.param_groups[0]["params"]:
+    for param in critics:
         param.requires_grad_(True)
     return {"losses/actor_loss": actor_loss.detach()}
 
@@ -251,7 +253,7 @@ def train(args: Args) -> dict:
     torch.set_num_threads(args.threads)
     env = make_env(args.env_id)
     rng = make_generators(args.seed, args.device)
-    torch.manual_seed(draw_seeds(rng["init"], 1)[0])
+    seed_globals(draw_seeds(rng["init"], 1)[0])
     agent = Agent(make_networks(args, env), args.learning_rate)
     stats = model_stats(agent) | {"kernel": "torch"}
     rb = ReplayBuffer(args.buffer_size, transition_columns(env), args.device)
@@ -282,8 +284,8 @@ def train(args: Args) -> dict:
             rb.add(observations=obs, actions=action, next_observations=next_obs, rewards=reward, dones=terminated)
             obs = next_obs
 
-            row, learning, last = {}, global_step > args.learning_starts, global_step == args.total_timesteps
-            if learning:
+            row, last = {}, global_step == args.total_timesteps
+            if global_step > args.learning_starts:
                 with run.timed("updates"):
                     state.update += 1
                     state.losses |= update_agent(agent, rb, args, rng, state.update)
@@ -295,9 +297,9 @@ def train(args: Args) -> dict:
             if global_step % args.eval_interval == 0 or last:
                 row |= run.evaluate(agent.actor, eval_seeds, global_step)
                 state.evaluations.append([global_step, row["eval/episodic_return"]])
+            run.bar.update()
             if row:
                 run.log(global_step, row)
-            run.bar.update()
 
             if terminated or truncated:
                 stop = run.stop_signal  # read once: a signal may come between the next lines
@@ -488,7 +490,7 @@ def seed_globals(seed: int) -> None:
 
 def get_globals() -> list:
     name, key, *rest = np.random.get_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     return [random.getstate(), [name, key.tolist(), *rest], torch.get_rng_state(), cuda]
 
 
@@ -609,7 +611,7 @@ def model_stats(agent: "Agent") -> dict:
         for name, part in net.online.named_modules():
             if not list(part.children()):
                 modules[net.name].append({"name": name.removeprefix("net."), "type": type(part).__name__})
-                if isinstance(weight := getattr(part, "weight", None), torch.Tensor):
+                if isinstance(weight := getattr(part, "W", getattr(part, "weight", None)), torch.Tensor):
                     modules[net.name][-1]["weight"] = list(weight.shape)
                     if weight.dim() == 2:
                         modules[net.name][-1]["active"] = own = getattr(part, "active_weights", weight).numel()
@@ -641,11 +643,14 @@ class Run:
                     print(f"warning: not bit for bit, {key} was {self.meta.get(key)}, is {facts[key]}", file=sys.stderr)
             facts = {"resumed": [*self.meta.get("resumed", []), {"global_step": state.global_step, **facts}]}
         else:
-            pattern, now = f"_{args.n}of{args.m}" if hasattr(args, "n") else "", time.strftime("%Y%m%d-%H%M%S")
+            pattern, now = f"_{args.n}of{args.m}" if hasattr(args, "n") else "", f"{datetime.now():%Y%m%d-%H%M%S-%f}"
             name = re.sub(r"[^\w.-]", "-", f"{args.env_id}__{args.exp_name}{pattern}__s{args.seed}__{now}")
             self.dir = Path(args.runs_dir, name)
-            self.dir.mkdir(parents=True)
-            shutil.copy(__file__, self.dir)
+            try:
+                self.dir.mkdir(parents=True)
+                shutil.copy(__file__, self.dir)
+            except OSError as error:
+                raise UserError(f"--runs-dir {args.runs_dir}: {error}") from None
             self.meta = {"script": Path(__file__).name, "run_name": name, "start": time.strftime(self.ISO)}
             self.meta["wandb_id"] = f"{name}-{os.urandom(2).hex()}"  # names are unique in a folder only
         self.density = {f"sparsity/density/{name}": value for name, value in stats["density"].items()}
@@ -836,10 +841,24 @@ def save_checkpoint(run: Run, state: "State", agent: "Agent", rb: ReplayBuffer, 
         os.fsync(run.csv.fileno())
         state.times, state.csv_bytes = run.times().tolist(), os.fstat(run.csv.fileno()).st_size
         content = {name: part.state_dict() for name, part in vars(agent).items() if hasattr(part, "state_dict")}
+        content["plain"] = plain(
+            {k: x for k, x in vars(agent).items() if isinstance(x, int | float | str | torch.Tensor)}
+        )
         content |= {"rb": rb.state_dict(), "rng": {name: generator.get_state() for name, generator in rng.items()}}
-        content |= {"globals": get_globals(), "env": env.unwrapped.np_random.bit_generator.state, "state": vars(state)}
+        content |= {
+            "globals": get_globals(),
+            "env": env.unwrapped.np_random.bit_generator.state,
+            "state": plain(vars(state)),
+        }
         write_atomic(run.dir / "checkpoint.pt", lambda file: torch.save(content, file))
         run.last_checkpoint = state.global_step
+
+
+def plain(x):
+    """x with its numpy scalars, which torch.load would refuse, as Python's."""
+    if isinstance(x, dict):
+        return {key: plain(value) for key, value in x.items()}
+    return [plain(value) for value in x] if isinstance(x, list) else x.item() if isinstance(x, np.generic) else x
 
 
 def load_checkpoint(args: "Args", state: "State", agent: "Agent", rb: ReplayBuffer, rng: dict, env: gym.Env) -> None:
@@ -852,6 +871,7 @@ def load_checkpoint(args: "Args", state: "State", agent: "Agent", rb: ReplayBuff
         for name, part in {**vars(agent), "rb": rb}.items():
             if hasattr(part, "load_state_dict"):
                 part.load_state_dict(content[name])
+        vars(agent).update(content["plain"])
         for name, generator in rng.items():
             generator.set_state(content["rng"][name])
         set_globals(*content["globals"])
@@ -862,12 +882,16 @@ def load_checkpoint(args: "Args", state: "State", agent: "Agent", rb: ReplayBuff
 
 
 def code_hash(source: str) -> str:
-    """Of the syntax tree without docstrings: comments and line breaks do not count."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(body := getattr(node, "body", None), list):
-            node.body = [x for x in body if not (isinstance(x, ast.Expr) and isinstance(x.value, ast.Constant))]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
+    """Of the syntax tree without docstrings, alike in all versions of Python: comments and line breaks do not count."""
+
+    def tree(node):
+        if isinstance(node, list):
+            return [tree(x) for x in node if not (isinstance(x, ast.Expr) and isinstance(x.value, ast.Constant))]
+        if isinstance(node, ast.AST):
+            return type(node).__name__, [(key, tree(x)) for key, x in ast.iter_fields(node) if x not in (None, [])]
+        return repr(node)
+
+    return hashlib.sha256(repr(tree(ast.parse(source))).encode()).hexdigest()[:16]
 
 
 def machine_facts(args: "Args") -> dict:

@@ -28,6 +28,7 @@ import csv
 import ctypes
 import fcntl
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -45,6 +46,7 @@ import warnings
 from array import array
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass, replace
+from datetime import datetime
 from functools import cache, lru_cache
 from importlib.metadata import version
 from pathlib import Path
@@ -111,7 +113,7 @@ class Args:
     """how the N:M layers are computed: nm is fast, on CPUs with a C compiler; torch runs anywhere; auto picks one"""
     device: Literal["cpu", "cuda"] = "cpu"
     """where the networks live"""
-    threads: Positive = 1
+    threads: Annotated[int, 1, 1024] = 1
     """CPU threads of torch, >= 1; one per run fills a machine best"""
     eval_interval: Positive = 10_000
     """environment steps between evaluations (also at 0 and at the end), >= 1"""
@@ -168,7 +170,7 @@ class NMLinear(nn.Module):
         self.register_buffer("exp_avg_sq", torch.zeros_like(self.W))
         E = project(self.W, n, m)
         self.register_buffer("positions", E.flatten().nonzero()[:, 0])  # [kept], place of each active weight in W
-        self.active_weights = nn.Parameter(self.W.take(self.positions))
+        self.active_weights = nn.Parameter(self.W.take(self.positions), linear.weight.requires_grad)
         self.register_parameter("bias", linear.bias)
 
     def set_mask(self, E: torch.Tensor) -> None:
@@ -183,21 +185,22 @@ class NMLinear(nn.Module):
         """The mask [out, in], bool."""
         return torch.zeros_like(self.W, dtype=torch.bool).put_(self.positions, self.positions >= 0)
 
-    @property
-    def weight(self) -> torch.Tensor:
+    def sparse_weight(self) -> torch.Tensor:
         """W~ [out, in], zero at the inactive positions; its gradient reaches the active weights alone."""
         return self.W.new_zeros(self.W.numel()).scatter(0, self.positions, self.active_weights).view_as(self.W)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x, self.weight, self.bias)
+        return F.linear(x, self.sparse_weight(), self.bias)
 
 
 def sparsify(net: nn.Module, args: Args) -> nn.Module:
-    """Make every nn.Linear of a network N:M, but the last one only with --sparse-head (D5)."""
-    names = [name for name, module in net.named_modules() if type(module) is nn.Linear]
-    for name in names if args.sparse_head else names[:-1]:
+    """Make every nn.Linear of a network N:M, but the last one in order of registration only with --sparse-head (D5)."""
+    linears = {name: x for name, x in net.named_modules(remove_duplicate=False) if isinstance(x, nn.Linear)}
+    for name, linear in list(linears.items())[: None if args.sparse_head else -1]:
+        if not is_plain(linear, nn.Linear) or list(linears.values()).count(linear) > 1:
+            raise ValueError(f"sparsify does not know {name}: a subclass, a hook, or a layer that is used twice")
         parent, _, child = name.rpartition(".")
-        setattr(net.get_submodule(parent), child, NMLinear(net.get_submodule(name), args.n, args.m))
+        setattr(net.get_submodule(parent), child, NMLinear(linear, args.n, args.m))
     return net
 
 
@@ -212,6 +215,10 @@ def refresh_masks(agent: "Agent") -> None:
         for layer, target in zip(nm_layers(net.online).values(), nm_layers(net.target).values(), strict=True):
             stores = [(layer.W, layer.active_weights), (target.W, target.active_weights)]
             state = net.optimizer.state.get(layer.active_weights, {})  # empty before Adam's first step
+            if not torch.equal(layer.positions, target.positions) or (
+                layer.active_weights.grad is not None and not state
+            ):
+                raise ValueError(f"{net.name}: the mask of its target or its optimizer is not that of Agent.networks")
             for key in state.keys() - {"step"}:  # an optimizer with other moments: give NMLinear buffers for them
                 stores.append((layer.get_buffer(key), state[key]))
             for dense, packed in stores:
@@ -314,13 +321,14 @@ def update_critics(agent: Agent, data, args: Args, generator: torch.Generator) -
 
 def update_actor(agent: Agent, data) -> dict[str, torch.Tensor]:
     """One step of the actor up the first critic's gradient."""
-    for param in agent.q_optimizer.param_groups[0]["params"]:
+    critics = [param for param in agent.q_optimizer.param_groups[0]["params"] if param.requires_grad]
+    for param in critics:
         param.requires_grad_(False)  # the gradient passes through the critic, whose own weights need none here
     actor_loss = -agent.qf1(data.observations, agent.actor(data.observations)).mean()
     agent.actor_optimizer.zero_grad()
     actor_loss.backward()
     agent.actor_optimizer.step()
-    for param in agent.q_optimizer.param_groups[0]["params"]:
+    for param in critics:
         param.requires_grad_(True)
     return {"losses/actor_loss": actor_loss.detach()}
 
@@ -361,7 +369,7 @@ def train(args: Args) -> dict:
     torch.set_num_threads(args.threads)
     env = make_env(args.env_id)
     rng = make_generators(args.seed, args.device)
-    torch.manual_seed(draw_seeds(rng["init"], 1)[0])
+    seed_globals(draw_seeds(rng["init"], 1)[0])
     networks = {name: sparsify(net, args) for name, net in make_networks(args, env).items()}
     agent = Agent(networks, args.learning_rate)
     stats = model_stats(agent) | {"kernel": use_kernel(args, agent, env)}
@@ -395,8 +403,8 @@ def train(args: Args) -> dict:
             rb.add(observations=obs, actions=action, next_observations=next_obs, rewards=reward, dones=terminated)
             obs = next_obs
 
-            row, learning, last = {}, global_step > args.learning_starts, global_step == args.total_timesteps
-            if learning:
+            row, updates, last = {}, state.update, global_step == args.total_timesteps
+            if global_step > args.learning_starts:
                 with run.timed("updates"):
                     state.update += 1
                     state.losses |= update_agent(agent, rb, args, rng, state.update)
@@ -408,15 +416,16 @@ def train(args: Args) -> dict:
             if global_step % args.eval_interval == 0 or last:
                 row |= run.evaluate(agent.actor, eval_seeds, global_step)
                 state.evaluations.append([global_step, row["eval/episodic_return"]])
-            if learning and not last and (K := args.mask_update_interval) and state.update % K == 0:  # (D4)
+            K = args.mask_update_interval
+            if K and state.update // K > updates // K and not last:  # after the evaluation (D4)
                 with run.timed("updates"):
                     masks = get_masks(agent)
                     refresh_masks(agent)
                     row |= sad_metrics(first_masks, masks, get_masks(agent))
                 state.masks = add_masks(state.masks, get_masks(agent), state)
+            run.bar.update()
             if row:
                 run.log(global_step, row)
-            run.bar.update()
 
             if terminated or truncated:
                 stop = run.stop_signal  # read once: a signal may come between the next lines
@@ -458,7 +467,10 @@ def sad_metrics(first: dict, previous: dict, current: dict) -> dict[str, float]:
 
 
 def nm_layers(net: nn.Module) -> dict[str, NMLinear]:
-    return {name.removeprefix("net."): layer for name, layer in net.named_modules() if isinstance(layer, NMLinear)}
+    found = [(name.removeprefix("net."), layer) for name, layer in net.named_modules() if isinstance(layer, NMLinear)]
+    if len(dict(found)) < len(found):
+        raise ValueError(f"two layers of one name: {[name for name, _ in found]}")
+    return dict(found)
 
 
 def get_masks(agent: "Agent") -> dict[str, torch.Tensor]:
@@ -473,7 +485,7 @@ def plain_state(net: nn.Module) -> dict[str, torch.Tensor]:
     for name, layer in nm_layers(net).items():
         mine = [key for key in state if key.startswith(f"{name}.") and key != f"{name}.bias"]
         state = {key: tensor for key, tensor in state.items() if key not in mine}
-        state[f"{name}.weight"] = layer.weight.detach()
+        state[f"{name}.weight"] = layer.sparse_weight().detach()
     return state
 
 
@@ -655,7 +667,7 @@ def seed_globals(seed: int) -> None:
 
 def get_globals() -> list:
     name, key, *rest = np.random.get_state()
-    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     return [random.getstate(), [name, key.tolist(), *rest], torch.get_rng_state(), cuda]
 
 
@@ -776,7 +788,7 @@ def model_stats(agent: "Agent") -> dict:
         for name, part in net.online.named_modules():
             if not list(part.children()):
                 modules[net.name].append({"name": name.removeprefix("net."), "type": type(part).__name__})
-                if isinstance(weight := getattr(part, "weight", None), torch.Tensor):
+                if isinstance(weight := getattr(part, "W", getattr(part, "weight", None)), torch.Tensor):
                     modules[net.name][-1]["weight"] = list(weight.shape)
                     if weight.dim() == 2:
                         modules[net.name][-1]["active"] = own = getattr(part, "active_weights", weight).numel()
@@ -808,11 +820,14 @@ class Run:
                     print(f"warning: not bit for bit, {key} was {self.meta.get(key)}, is {facts[key]}", file=sys.stderr)
             facts = {"resumed": [*self.meta.get("resumed", []), {"global_step": state.global_step, **facts}]}
         else:
-            pattern, now = f"_{args.n}of{args.m}" if hasattr(args, "n") else "", time.strftime("%Y%m%d-%H%M%S")
+            pattern, now = f"_{args.n}of{args.m}" if hasattr(args, "n") else "", f"{datetime.now():%Y%m%d-%H%M%S-%f}"
             name = re.sub(r"[^\w.-]", "-", f"{args.env_id}__{args.exp_name}{pattern}__s{args.seed}__{now}")
             self.dir = Path(args.runs_dir, name)
-            self.dir.mkdir(parents=True)
-            shutil.copy(__file__, self.dir)
+            try:
+                self.dir.mkdir(parents=True)
+                shutil.copy(__file__, self.dir)
+            except OSError as error:
+                raise UserError(f"--runs-dir {args.runs_dir}: {error}") from None
             self.meta = {"script": Path(__file__).name, "run_name": name, "start": time.strftime(self.ISO)}
             self.meta["wandb_id"] = f"{name}-{os.urandom(2).hex()}"  # names are unique in a folder only
         self.density = {f"sparsity/density/{name}": value for name, value in stats["density"].items()}
@@ -1003,10 +1018,24 @@ def save_checkpoint(run: Run, state: "State", agent: "Agent", rb: ReplayBuffer, 
         os.fsync(run.csv.fileno())
         state.times, state.csv_bytes = run.times().tolist(), os.fstat(run.csv.fileno()).st_size
         content = {name: part.state_dict() for name, part in vars(agent).items() if hasattr(part, "state_dict")}
+        content["plain"] = plain(
+            {k: x for k, x in vars(agent).items() if isinstance(x, int | float | str | torch.Tensor)}
+        )
         content |= {"rb": rb.state_dict(), "rng": {name: generator.get_state() for name, generator in rng.items()}}
-        content |= {"globals": get_globals(), "env": env.unwrapped.np_random.bit_generator.state, "state": vars(state)}
+        content |= {
+            "globals": get_globals(),
+            "env": env.unwrapped.np_random.bit_generator.state,
+            "state": plain(vars(state)),
+        }
         write_atomic(run.dir / "checkpoint.pt", lambda file: torch.save(content, file))
         run.last_checkpoint = state.global_step
+
+
+def plain(x):
+    """x with its numpy scalars, which torch.load would refuse, as Python's."""
+    if isinstance(x, dict):
+        return {key: plain(value) for key, value in x.items()}
+    return [plain(value) for value in x] if isinstance(x, list) else x.item() if isinstance(x, np.generic) else x
 
 
 def load_checkpoint(args: "Args", state: "State", agent: "Agent", rb: ReplayBuffer, rng: dict, env: gym.Env) -> None:
@@ -1019,6 +1048,7 @@ def load_checkpoint(args: "Args", state: "State", agent: "Agent", rb: ReplayBuff
         for name, part in {**vars(agent), "rb": rb}.items():
             if hasattr(part, "load_state_dict"):
                 part.load_state_dict(content[name])
+        vars(agent).update(content["plain"])
         for name, generator in rng.items():
             generator.set_state(content["rng"][name])
         set_globals(*content["globals"])
@@ -1029,12 +1059,16 @@ def load_checkpoint(args: "Args", state: "State", agent: "Agent", rb: ReplayBuff
 
 
 def code_hash(source: str) -> str:
-    """Of the syntax tree without docstrings: comments and line breaks do not count."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
-        if isinstance(body := getattr(node, "body", None), list):
-            node.body = [x for x in body if not (isinstance(x, ast.Expr) and isinstance(x.value, ast.Constant))]
-    return hashlib.sha256(ast.dump(tree).encode()).hexdigest()[:16]
+    """Of the syntax tree without docstrings, alike in all versions of Python: comments and line breaks do not count."""
+
+    def tree(node):
+        if isinstance(node, list):
+            return [tree(x) for x in node if not (isinstance(x, ast.Expr) and isinstance(x.value, ast.Constant))]
+        if isinstance(node, ast.AST):
+            return type(node).__name__, [(key, tree(x)) for key, x in ast.iter_fields(node) if x not in (None, [])]
+        return repr(node)
+
+    return hashlib.sha256(repr(tree(ast.parse(source))).encode()).hexdigest()[:16]
 
 
 def machine_facts(args: "Args") -> dict:
@@ -1380,9 +1414,9 @@ def run_chain(modules: list[nn.Module], x: torch.Tensor) -> tuple[torch.Tensor, 
             break
         weights, bias = layer._parameters["active_weights" if sparse else "weight"], layer._parameters["bias"]
         positions = layer._buffers["positions"] if sparse else weights
-        stamp = id(positions), positions._version if sparse else 0
-        if layer.__dict__.get("stamp") != stamp:
-            layer.stamp = stamp
+        version = positions._version if sparse else 0
+        if layer.__dict__.get("index_version") != version or layer.__dict__["index_of"][0] is not positions:
+            layer.index_version, layer.index_of = version, [positions]  # in a list: no parameter of the layer
             layer.index = Index(layer.E if sparse else torch.ones_like(weights, dtype=torch.bool))
         index, known = layer.index, weights.dtype is torch.float32 and not weights.is_cuda and bias is not None
         if index.cols != width or not known or weights.numel() != index.nnz or max(width, index.rows) > 65_536:
@@ -1405,12 +1439,17 @@ def is_plain(module: nn.Module, kind: type) -> bool:
     return type(module) is kind and not hooked and "forward" not in own
 
 
+KNOWN = (  # what the kernels compute instead of NMLinear's forward and sparse_weight: edited, these run in torch
+    lambda self, x: F.linear(x, self.sparse_weight(), self.bias),
+    lambda self: self.W.new_zeros(self.W.numel()).scatter(0, self.positions, self.active_weights).view_as(self.W),
+)
+
+
 def fuse(net: nn.Module) -> None:
-    """Let the kernels run what they know of a network. An NMLinear.forward that was edited they do not know."""
-    known, forward = (lambda self, x: F.linear(x, self.weight, self.bias)).__code__, NMLinear.forward.__code__
-    fused = {nn.Sequential: FusedSequential}
-    if (known.co_code, known.co_names) == (forward.co_code, forward.co_names):
-        fused[NMLinear] = FusedLinear
+    """Let the kernels run what they know of a network."""
+    codes = [function.__code__ for function in (*KNOWN, NMLinear.forward, NMLinear.sparse_weight)]
+    forward, weight, *present = [(code.co_code, code.co_names) for code in codes]
+    fused = {nn.Sequential: FusedSequential} | ({NMLinear: FusedLinear} if [forward, weight] == present else {})
     for module in net.modules():
         module.__class__ = fused.get(type(module), type(module))
 
@@ -1439,9 +1478,11 @@ def use_kernel(args: Args, agent: Agent, env: gym.Env) -> str:
         fuse(net.target)
         for module in (net.online, plain):
             torch.manual_seed(0)  # for dropout and the like
-            y = module(*batch[: 1 if net.name == "actor" else 2])
-            grads = torch.autograd.grad(y.square().sum(), list(module.parameters()), materialize_grads=True)
-            results.append([y.detach(), *grads])
+            outputs = module(*batch[: len(inspect.signature(module.forward).parameters)])
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            params = [param for param in module.parameters() if param.requires_grad]
+            grads = torch.autograd.grad(sum(y.square().sum() for y in outputs), params, materialize_grads=True)
+            results.append([*(y.detach() for y in outputs), *grads])
         if not all((a - b).norm() <= 0.01 * b.norm() + 1e-6 for a, b in zip(*results, strict=True)):
             raise UserError(f"--kernel nm does not compute what {net.name} does in torch: use --kernel torch")
     torch.set_rng_state(state)

@@ -39,7 +39,7 @@ def test_projection_is_brute_force(rnm, n, m, width):
     linear.weight.data.copy_(W)
     layer = rnm.NMLinear(linear, n, m)
     assert torch.equal(layer.E, E) and layer.active_weights.shape == (9 * kept,)
-    assert torch.equal(layer.active_weights, W[E]) and torch.equal(layer.weight, W * E)  # row after row
+    assert torch.equal(layer.active_weights, W[E]) and torch.equal(layer.sparse_weight(), W * E)  # row after row
 
 
 def test_layer_is_a_linear_layer_with_zeros(rnm):
@@ -73,7 +73,7 @@ def test_masks_whose_rows_differ_in_length(rnm):
     layer.set_mask(E)
     with torch.no_grad():
         layer.active_weights.copy_(W[E])
-    assert torch.equal(layer.E, E) and torch.equal(layer.weight, W * E)
+    assert torch.equal(layer.E, E) and torch.equal(layer.sparse_weight(), W * E)
     x = torch.randn(7, 12)
     assert torch.allclose(layer(x), x @ (W * E).T + layer.bias, atol=1e-6)
     more, wide = E.clone(), torch.zeros(5, 13, dtype=torch.bool)
@@ -164,14 +164,14 @@ def test_inactive_weights_rest_for_1000_adam_steps(rnm):
     for layer, W, E, values in before:
         assert torch.equal(layer.W[~E], W[~E]) and torch.equal(layer.E, E)
         assert not torch.equal(layer.active_weights, values)  # while the active ones moved
-        assert (layer.weight[~E] == 0).all()
+        assert (layer.sparse_weight()[~E] == 0).all()
     rnm.refresh_masks(agent)
     changed = 0
     for layer, W, E, _ in before:
         resting, returned = ~E & ~layer.E, ~E & layer.E
         changed += int(returned.sum())
         assert torch.equal(layer.W[resting], W[resting])
-        assert torch.equal(layer.weight[returned], W[returned])  # comes back with the value it had
+        assert torch.equal(layer.sparse_weight()[returned], W[returned])  # comes back with the value it had
     assert changed > 0
 
 
@@ -189,14 +189,14 @@ def test_refreshes_by_hand(rnm):
         masks = {name: [layer.E for layer in layers[name]] for name in NETS}
         for name in NETS:
             for W, layer, E in zip(learned[name], layers[name], masks[name], strict=True):
-                W[E] = layer.weight.detach()[E]
+                W[E] = layer.sparse_weight().detach()[E]
         rnm.refresh_masks(agent)
         for online, target in zip(NETS[:3], NETS[3:], strict=True):
             for i, W in enumerate(learned[online]):
                 E = torch.from_numpy(brute_force_mask(W.numpy(), 2, 4))
                 for name in (online, target):
                     assert torch.equal(layers[name][i].E, E)
-                    assert torch.equal(layers[name][i].weight, learned[name][i] * E)
+                    assert torch.equal(layers[name][i].sparse_weight(), learned[name][i] * E)
                     returned[name] += int((E & ~masks[name][i] & ever[name][i]).sum())
                     ever[name][i] = ever[name][i] | E
                 assert not torch.equal(layers[target][i].active_weights, layers[online][i].active_weights)
@@ -231,7 +231,7 @@ def test_moments_travel_with_their_weights(rnm, optimizer):
     with torch.no_grad():  # and back again: the stored moments return
         layer.W[left] = 9.0
     rnm.refresh_masks(agent)
-    assert layer.E[left].all() and (layer.weight[left] == 9).all()
+    assert layer.E[left].all() and (layer.sparse_weight()[left] == 9).all()
     for key, moments in old.items():
         assert torch.equal(scattered(layer, state[key])[left], moments[left])
 
@@ -263,7 +263,8 @@ def numpy_forward(net, *inputs):
     layers = [layer for layer in net.net if not isinstance(layer, nn.ReLU)]
     assert len(layers) == 3
     for i, layer in enumerate(layers):
-        x = x @ layer.weight.detach().double().numpy().T + layer.bias.detach().double().numpy()
+        W = layer.weight if isinstance(layer, nn.Linear) else layer.sparse_weight()
+        x = x @ W.detach().double().numpy().T + layer.bias.detach().double().numpy()
         x = np.maximum(x, 0) if i < 2 else x
     return x
 

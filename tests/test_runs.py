@@ -138,9 +138,9 @@ def test_all_six_networks_are_nm_at_every_moment(rnm, small, monkeypatch):
             for name in ("fc1", "fc2", "fc_mu" if online == "actor" else "fc3"):
                 layers = [getattr(getattr(agent, net).net, name) for net in (online, target)]
                 for layer in layers:
-                    weight = nn.functional.pad(layer.weight, (0, -layer.W.shape[1] % 4))
+                    weight = nn.functional.pad(layer.sparse_weight(), (0, -layer.W.shape[1] % 4))
                     assert (weight.unflatten(1, (-1, 4)) != 0).sum(2).max() == 1
-                    assert torch.equal(layer.weight != 0, layers[0].E)
+                    assert torch.equal(layer.sparse_weight() != 0, layers[0].E)
         masks.add(agent.actor.net.fc2.E.numpy().tobytes())
         add(rb, **transition)
 
