@@ -43,6 +43,7 @@ import sys
 import tempfile
 import time
 import warnings
+import zipfile
 from array import array
 from collections import OrderedDict, namedtuple
 from dataclasses import dataclass, replace
@@ -87,7 +88,7 @@ class Args:
     """discount factor, in [0, 1]"""
     tau: Rate = 0.005
     """share of the online network in each Polyak average, in (0, 1]"""
-    batch_size: Positive = 256
+    batch_size: Annotated[int, 1, 2**20] = 256
     """transitions per update, >= 1"""
     policy_noise: Noise = 0.2
     """standard deviation of the target policy's smoothing noise, in units of the action scale, >= 0"""
@@ -99,7 +100,7 @@ class Args:
     """environment steps with uniform random actions and no updates before learning, >= 0"""
     policy_frequency: Positive = 2
     """critic updates per update of the actor and the targets (TD3's d), >= 1"""
-    hidden_dim: Positive = 256
+    hidden_dim: Annotated[int, 1, 2**15] = 256
     """units in each of the two hidden layers, >= 1"""
     n: Positive = 2
     """weights kept of each group (N), 1 <= n <= m"""
@@ -567,7 +568,7 @@ def main() -> int:
         if args.evaluate:
             return evaluate_run(args)
         meta, saved = read_run(args.resume) if args.resume else ({"exit_reason": None}, args)
-        if meta["exit_reason"] == "finished" and args.total_timesteps == saved.total_timesteps:
+        if meta.get("exit_reason") == "finished" and args.total_timesteps == saved.total_timesteps:
             print(f"{args.resume} is finished (final score {meta['final_score']}), nothing to do")
             return 0
         return {"sigint": 130, "sigterm": 143}.get(train(args)["exit_reason"], 0)
@@ -619,6 +620,8 @@ class ReplayBuffer:
 # --- shared: environment ---
 def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     """A plain environment; raises UserError where this script can't run on it."""
+    if not re.search(r"-v\d+$", env_id):
+        raise UserError(f"--env-id {env_id} must name the version, as in Ant-v4")
     warnings.filterwarnings("ignore", ".*is out of date", DeprecationWarning)  # v4 is what was published
     try:
         env = gym.make(env_id, render_mode=render_mode, disable_env_checker=True)  # the checker costs time each step
@@ -629,8 +632,6 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
         raise UserError(f"--env-id {env_id} must have flat observations and continuous actions, not {obs}, {action}")
     if not (np.isfinite([action.low, action.high]).all() and (action.low < action.high).all()):
         raise UserError(f"--env-id {env_id} must have bounded actions, not {action}")
-    if not re.search(r"-v\d+$", env_id):
-        raise UserError(f"--env-id {env_id} must name the version, as in Ant-v4")
     return gym.wrappers.RecordEpisodeStatistics(env)  # info["episode"] at an episode's end
 
 
@@ -732,7 +733,7 @@ def evaluate_run(args: "Args") -> int:
     torch.set_num_threads(args.threads)
     path, actor = Path(args.evaluate, "model.pt"), make_networks(args, make_env(args.env_id))["actor"]
     try:
-        content = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+        content = read_torch(path)
         actor.load_state_dict({name: content["actor"][name.removeprefix("net.")] for name in actor.state_dict()})
         observations, actions = content["probe"]
     except Exception as error:
@@ -828,7 +829,7 @@ class Run:
                 shutil.copy(__file__, self.dir)
             except OSError as error:
                 raise UserError(f"--runs-dir {args.runs_dir}: {error}") from None
-            self.meta = {"script": Path(__file__).name, "run_name": name, "start": time.strftime(self.ISO)}
+            self.meta = {"script": Path(__file__).name, "run_name": name, "start": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
             self.meta["wandb_id"] = f"{name}-{os.urandom(2).hex()}"  # names are unique in a folder only
         self.density = {f"sparsity/density/{name}": value for name, value in stats["density"].items()}
         self.csv = open_metrics(self.dir / "metrics.csv", columns, state.csv_bytes)
@@ -841,8 +842,6 @@ class Run:
         self.terminal, step = sys.stderr.isatty(), state.global_step
         file = None if self.terminal else open(os.devnull, "w")
         self.bar = tqdm(initial=step, total=args.total_timesteps, unit="step", dynamic_ncols=True, file=file)
-
-    ISO = "%Y-%m-%dT%H:%M:%S%z"
 
     def __enter__(self) -> "Run":
         self.handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -862,7 +861,7 @@ class Run:
         if stopped := self.meta["exit_reason"] == "running":
             self.meta["exit_reason"] = {None: self.stop_signal, FloatingPointError: "nan"}.get(kind, "error")
         with contextlib.suppress(OSError):  # on a full disk the first error is the one to report
-            self.write_meta(end=time.strftime(self.ISO))
+            self.write_meta(end=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
             self.csv.close()
         if self.wandb:
             self.attempt("upload to W&B", self.finish_wandb)
@@ -933,7 +932,7 @@ class Run:
         wall, cpu = self.times().tolist()
         self.write_meta(exit_reason="finished", final_score=score, wall_time_s=wall, cpu_time_s=cpu)
         if not self.args.keep_replay:
-            (self.dir / "checkpoint.pt").unlink()
+            (self.dir / "checkpoint.pt").unlink(missing_ok=True)
         self.say(f"{self.dir}: finished, final score {score:.1f}")
 
     def finish_wandb(self) -> None:
@@ -976,7 +975,7 @@ def start_wandb(args: "Args", meta: dict):
     import wandb
 
     tags = ["dense" if meta["n"] is None else f"{meta['n']}of{meta['m']}", Path(__file__).stem]
-    tags += filter(None, os.environ.get("WANDB_TAGS", "").split(","))
+    tags += [tag[:64] for tag in os.environ.pop("WANDB_TAGS", "").split(",") if tag]  # wandb refuses longer ones
     options = {"project": args.wandb_project_name, "entity": args.wandb_entity, "id": meta["wandb_id"], "tags": tags}
     options |= {"name": meta["run_name"], "group": args.env_id, "resume": "allow" if args.resume else None}
     options |= {"config": meta["args"] | {"meta": {key: value for key, value in meta.items() if key != "args"}}}
@@ -1011,6 +1010,12 @@ def write_atomic(path: Path, write) -> None:
         temporary.unlink(missing_ok=True)
 
 
+def read_torch(path: Path) -> dict:
+    if (broken := zipfile.ZipFile(path).testzip()) is not None:  # torch.load does not look at checksums
+        raise ValueError(f"{broken} is not what was written")
+    return torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+
+
 def save_checkpoint(run: Run, state: "State", agent: "Agent", rb: ReplayBuffer, rng: dict, env: gym.Env) -> None:
     """All that a resume needs at an episode's end, in one file."""
     with run.timed("paused"):
@@ -1042,9 +1047,9 @@ def load_checkpoint(args: "Args", state: "State", agent: "Agent", rb: ReplayBuff
     """Put the last checkpoint into freshly made objects (their memory stays theirs, so aligned)."""
     path = Path(args.resume, "checkpoint.pt")
     if not path.exists():
-        raise UserError(f"{path} is missing: a run that finished without --keep-replay can't go on")
+        raise UserError(f"{path} is missing: the run has not come to one, or it finished without --keep-replay")
     try:
-        content = torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+        content = read_torch(path)
         for name, part in {**vars(agent), "rb": rb}.items():
             if hasattr(part, "load_state_dict"):
                 part.load_state_dict(content[name])
@@ -1407,29 +1412,33 @@ def run_chain(modules: list[nn.Module], x: torch.Tensor) -> tuple[torch.Tensor, 
 
     A dense head rides along in a chain: torch needs longer to call it than the kernels to compute it.
     """
-    chain, params, at, width = (), [], 0, x.shape[-1]
-    while at < len(modules):
+    chain, params, at, known = (), [], 0, x.dim() == 2 and x.dtype is torch.float32 and x.is_cpu
+    while known and at < len(modules):
         layer, sparse = modules[at], is_plain(modules[at], FusedLinear)
         if not sparse and not (chain and is_plain(layer, nn.Linear) and layer.out_features <= 32):
             break
         weights, bias = layer._parameters["active_weights" if sparse else "weight"], layer._parameters["bias"]
         positions = layer._buffers["positions"] if sparse else weights
-        version = positions._version if sparse else 0
-        if layer.__dict__.get("index_version") != version or layer.__dict__["index_of"][0] is not positions:
-            layer.index_version, layer.index_of = version, [positions]  # in a list: no parameter of the layer
-            layer.index = Index(layer.E if sparse else torch.ones_like(weights, dtype=torch.bool))
-        index, known = layer.index, weights.dtype is torch.float32 and not weights.is_cuda and bias is not None
-        if index.cols != width or not known or weights.numel() != index.nnz or max(width, index.rows) > 65_536:
+        mask, index = layer.__dict__.get("index", (None, None))  # made for these positions, in this version
+        if mask is None or mask[0] is not positions or mask[1] != sparse * positions._version:
+            index = Index(layer.E if sparse else torch.ones_like(weights, dtype=torch.bool))
+            layer.index = (positions, sparse * positions._version), index
+        sizes_fit = bias is not None and (weights.numel(), bias.numel()) == (index.nnz, index.rows)
+        width = chain[-1][0].rows if chain else x.shape[1]
+        if not sizes_fit or width != index.cols or max(width, index.rows) > 65_536 or not packed(weights, bias):
             break
         relu = at + 1 < len(modules) and is_plain(modules[at + 1], nn.ReLU)
-        chain += ((index, relu),)
+        chain, at = (*chain, (index, relu)), at + 1 + relu
         params += weights, bias
-        at, width = at + 1 + relu, index.rows
-    if not chain or x.dim() != 2 or x.dtype is not torch.float32 or x.is_cuda:
+    if not chain:
         return x, 0
     if torch.is_grad_enabled():
         return Chain.apply(chain, x, *params), at
     return chain_forward(chain, x, params, keep=False)[0], at
+
+
+def packed(a: torch.Tensor, b: torch.Tensor) -> bool:
+    return a.dtype is b.dtype is torch.float32 and a.is_cpu and b.is_cpu and a.is_contiguous() and b.is_contiguous()
 
 
 def is_plain(module: nn.Module, kind: type) -> bool:

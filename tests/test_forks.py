@@ -265,3 +265,102 @@ def test_hooks_and_other_inputs_are_honoured(forks):
     assert torch.allclose(net.net(x), plain.net(x), atol=1e-5)
     with pytest.raises(RuntimeError):
         net.net(torch.randn(7, 6))
+
+
+def odd_parameters():
+    """Edits of a layer's parameters, each with what torch makes of it."""
+
+    def shape_of_bias(net):
+        net.net.fc1.bias = torch.nn.Parameter(torch.ones(1))  # broadcasts in torch
+
+    def wrong_bias(net):
+        net.net.fc2.bias = torch.nn.Parameter(torch.ones(3))
+
+    def stride(net):
+        net.net.fc2.active_weights.data = torch.arange(16.0 * 32)[::2] / 100
+
+    def expanded(net):
+        net.net.fc2.bias.data = torch.ones(1).expand(32)
+
+    def transposed_head(net):
+        net.net.fc3.weight = torch.nn.Parameter(torch.ones(32, 1).t())
+
+    def double_bias(net):
+        net.net.fc1.bias.data = net.net.fc1.bias.data.double()
+
+    def other_number(net):
+        net.net.fc1.active_weights = torch.nn.Parameter(torch.ones(3))
+
+    def no_bias(net):
+        net.net.fc1.bias = None
+
+    def new_mask(net):
+        net.net.fc2.set_mask(net.net.fc2.E.roll(1, 1))
+
+    return [f for f in locals().values() if callable(f)]
+
+
+@pytest.mark.parametrize("edit", odd_parameters(), ids=lambda edit: edit.__name__)
+def test_odd_parameters_give_what_torch_gives(forks, edit):
+    module = forks("unedited")
+    args = module.Args(env_id="Reach-v0", n=1, m=4, hidden_dim=32, kernel="nm")
+    net = module.sparsify(module.make_networks(args, module.make_env(args.env_id))["qf1"], args)
+    plain, x = module.copy.deepcopy(net), torch.randn(70, 5)
+    module.fuse(net)
+    net.net(x)  # so that the kernels have seen it as it was
+    edit(net), edit(plain)
+    try:
+        wanted = plain.net(x)
+    except RuntimeError:
+        with pytest.raises(RuntimeError):
+            net.net(x)
+    else:
+        got = net.net(x)
+        assert torch.allclose(got, wanted, atol=1e-4)
+        got.sum().backward(), wanted.sum().backward()
+        for a, b in zip(net.parameters(), plain.parameters(), strict=True):
+            assert torch.allclose(a.grad, b.grad, atol=1e-3), edit.__name__
+
+
+def test_what_sparsify_does_not_know_is_an_error(forks):
+    module = forks("unedited")
+    nn, args = torch.nn, module.Args(n=1, m=4, hidden_dim=16)
+
+    class Noisy(nn.Linear):
+        pass
+
+    shared, hooked = nn.Linear(8, 8), nn.Linear(8, 8)
+    hooked.register_forward_hook(lambda *_: None)
+    for body in ([Noisy(8, 8)], [shared, shared], [hooked], [nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))]):
+        with pytest.raises(ValueError, match="sparsify does not know"):
+            module.sparsify(nn.Sequential(*body, nn.Linear(8, 1)), args)
+    net = module.sparsify(nn.Sequential(nn.Linear(8, 8, bias=False), nn.ReLU(), nn.Linear(8, 1)), args)
+    plain = module.copy.deepcopy(net)
+    module.fuse(net)
+    assert torch.allclose(net(torch.eye(8)), plain(torch.eye(8)))
+    assert module.plain_state(net).keys() == {"0.weight", "2.weight", "2.bias"}
+
+
+@pytest.mark.parametrize("fault", ["target", "optimizer", "name"])
+def test_masks_that_would_go_astray_are_an_error(forks, fault):
+    """A target with another mask, a network whose optimizer is not the listed one, two layers of one name."""
+    module = forks("unedited")
+    args = module.Args(env_id="Reach-v0", n=1, m=4, hidden_dim=16, kernel="torch")
+    env, rng = module.make_env(args.env_id), module.make_generators(3, "cpu")
+    networks = {name: module.sparsify(net, args) for name, net in module.make_networks(args, env).items()}
+    agent = module.Agent(networks, args.learning_rate)
+    rb = module.ReplayBuffer(500, module.transition_columns(env), "cpu")
+    for _ in range(300):
+        rb.add(**{name: torch.randn(width) for name, width in module.transition_columns(env).items()})
+    module.update_agent(agent, rb, args, rng, 2)
+    module.refresh_masks(agent)
+    if fault == "target":
+        agent.qf1_target.net.fc2.set_mask(agent.qf1.net.fc2.E.roll(1, 1))
+    elif fault == "optimizer":
+        agent.q_optimizer.state.pop(agent.qf2.net.fc1.active_weights)
+    else:
+        agent.qf1.fc1 = module.copy.deepcopy(agent.qf1.net.fc1)
+    with pytest.raises(
+        ValueError, match="two layers of one name" if fault == "name" else r"qf\d: the mask of its target"
+    ):
+        module.refresh_masks(agent)

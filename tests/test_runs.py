@@ -7,7 +7,6 @@ import random
 import re
 import shutil
 import subprocess
-import time
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +34,7 @@ def test_a_run_leaves_the_contract_behind(rnm, small):
     result = rnm.train(args)
     run = Path(result["run_dir"])
     assert result["exit_reason"] == "finished"
-    assert re.fullmatch(r"Reach-v0__rnm_td3_continuous_1of4__s1__\d{8}-\d{6}", run.name)
+    assert re.fullmatch(r"Reach-v0__rnm_td3_continuous_1of4__s1__\d{8}-\d{6}-\d{6}", run.name)
     names = {"masks.npz", "meta.json", "metrics.csv", "model.pt", "rnm_td3_continuous.py"}
     assert {p.name for p in run.iterdir()} == names  # no checkpoint.pt without --keep-replay
     assert (run / "rnm_td3_continuous.py").read_bytes() == (ROOT / "rnm_td3_continuous.py").read_bytes()
@@ -196,9 +195,8 @@ def test_same_seed_same_numbers_and_evaluation_is_free(script, small):
         assert not torch.equal(*(model[net]["fc1.weight"] for model in first))
 
 
-def test_runs_that_start_within_a_second_have_folders_of_their_own(dense, small, monkeypatch, tmp_path):
+def test_runs_that_start_within_a_second_have_folders_of_their_own(dense, small, tmp_path):
     """As when several settings of one seed are started at once; names don't show the settings."""
-    monkeypatch.setattr(time, "strftime", lambda *_: "20261120-101500")
     options = {"runs_dir": str(tmp_path / "one"), "total_timesteps": 1}
     runs = {dense.train(small(dense, **options, tau=tau))["run_dir"] for tau in (0.005, 0.01)}
     assert len(runs) == 2 and all(read_meta(run)["exit_reason"] == "finished" for run in runs)
