@@ -276,7 +276,8 @@ def train(args: Args) -> dict:
             else:
                 noise = exploration_scale * torch.randn(low.shape, generator=rng["exploration"])
                 action = (act(agent.actor, obs) + noise).clamp(low, high)
-            next_obs, reward, terminated, truncated, info = env.step(action.numpy())
+            action = action.numpy()
+            next_obs, reward, terminated, truncated, info = env.step(action)
             state.global_step = global_step = state.global_step + 1
             check_finite("observation or reward", global_step, next_obs, float(reward))
             # next_obs is the true successor, also where an episode is cut off: only termination cuts the bootstrap
@@ -285,7 +286,7 @@ def train(args: Args) -> dict:
 
             row, last = {}, global_step == args.total_timesteps
             if global_step > args.learning_starts:
-                with run.timed("updates"):
+                with run.updating():
                     state.update += 1
                     state.losses |= update_agent(agent, rb, args, rng, state.update)
                     check_finite("a loss", global_step, *(x.item() for x in state.losses.values() if not x.dim()))
@@ -587,6 +588,13 @@ def make_adam(parameters, learning_rate: float) -> optim.Adam:
     optimizer = optim.Adam(parameters, lr=learning_rate, fused=True)
     changed = optimizer.param_groups[0]["params"]
     optimizer.register_step_post_hook(lambda *_: torch.autograd.graph.increment_version(changed))
+
+    def zero_grad(set_to_none: bool = True) -> None:  # torch's takes longer to note that it was called
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                param.grad = None if set_to_none or param.grad is None else param.grad.detach().zero_()
+
+    optimizer.zero_grad = zero_grad
     return optimizer
 
 
@@ -658,11 +666,13 @@ class Run:
         self.meta |= facts | {"args": vars(args) | {"resume": None}, "end": None}
         self.write_meta(exit_reason="running", final_score=None)
         self.wandb = start_wandb(args, self.meta)
-        self.spent = {"paused": clock() - np.array(state.times), "updates": np.zeros(2)}
-        self.last = np.array([state.global_step, state.update, state.times[0], 0.0])
+        self.update_s, self.start = 0.0, clock() - np.array(state.times)
+        self.last = np.array([state.global_step, state.update, state.times[0]])
         self.terminal, step = sys.stderr.isatty(), state.global_step
         file = None if self.terminal else open(os.devnull, "w")
-        self.bar = tqdm(initial=step, total=args.total_timesteps, unit="step", dynamic_ncols=True, file=file)
+        self.bar = tqdm(
+            initial=step, total=args.total_timesteps, unit="step", dynamic_ncols=True, mininterval=0.5, file=file
+        )
 
     def __enter__(self) -> "Run":
         self.handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -709,23 +719,31 @@ class Run:
 
     def times(self) -> np.ndarray:
         """Training seconds by wall and CPU clock, summed over resumes, without evaluations and checkpoints."""
-        return clock() - self.spent["paused"]
+        return clock() - self.start
 
     @contextlib.contextmanager
-    def timed(self, what: str):
-        """Count the time as that of "updates", or as "paused", which is no training time."""
+    def paused(self):
+        """Stop the training clocks."""
         start = clock()
         yield
-        self.spent[what] += clock() - start
+        self.start += clock() - start
+
+    @contextlib.contextmanager
+    def updating(self):
+        """Count the time as that of updates."""
+        start = time.perf_counter()
+        yield
+        self.update_s += time.perf_counter() - start
 
     def speed(self, state: "State") -> dict[str, float]:
         """Environment steps per training second and milliseconds per update since the last call."""
-        now = np.array([state.global_step, state.update, self.times()[0], self.spent["updates"][0]])
-        (steps, updates, seconds, update_s), self.last = now - self.last, now
-        return {"charts/SPS": steps / seconds} | ({"charts/update_ms": 1e3 * update_s / updates} if updates else {})
+        now = np.array([state.global_step, state.update, self.times()[0]])
+        (steps, updates, seconds), self.last = now - self.last, now
+        update_ms, self.update_s = 1e3 * self.update_s / max(1, updates), 0.0
+        return {"charts/SPS": steps / seconds} | ({"charts/update_ms": update_ms} if updates else {})
 
     def evaluate(self, actor: "Actor", seeds: list[int], global_step: int) -> dict[str, float]:
-        with self.timed("paused"):
+        with self.paused():
             return evaluate(actor, self.args.env_id, seeds, global_step)
 
     def log(self, global_step: int, row: dict[str, float]) -> None:
@@ -839,7 +857,7 @@ def read_torch(path: Path) -> dict:
 
 def save_checkpoint(run: Run, state: "State", agent: "Agent", rb: ReplayBuffer, rng: dict, env: gym.Env) -> None:
     """All that a resume needs at an episode's end, in one file."""
-    with run.timed("paused"):
+    with run.paused():
         write_files(run, state, agent, rb)
         os.fsync(run.csv.fileno())
         state.times, state.csv_bytes = run.times().tolist(), os.fstat(run.csv.fileno()).st_size
