@@ -89,7 +89,7 @@ class Args:
     tau: Rate = 0.005
     """share of the online network in each Polyak average, in (0, 1]"""
     batch_size: Annotated[int, 1, 2**20] = 256
-    """transitions per update, >= 1"""
+    """transitions per update, 1 to 1,048,576"""
     policy_noise: Noise = 0.2
     """standard deviation of the target policy's smoothing noise, in units of the action scale, >= 0"""
     exploration_noise: Noise = 0.1
@@ -101,7 +101,7 @@ class Args:
     policy_frequency: Positive = 2
     """critic updates per update of the actor and the targets (TD3's d), >= 1"""
     hidden_dim: Annotated[int, 1, 2**15] = 256
-    """units in each of the two hidden layers, >= 1"""
+    """units in each of the two hidden layers, 1 to 32,768"""
     n: Positive = 2
     """weights kept of each group (N), 1 <= n <= m"""
     m: Positive = 4
@@ -115,7 +115,7 @@ class Args:
     device: Literal["cpu", "cuda"] = "cpu"
     """where the networks live"""
     threads: Annotated[int, 1, 1024] = 1
-    """CPU threads of torch, >= 1; one per run fills a machine best"""
+    """CPU threads of torch, 1 to 1,024; one per run fills a machine best"""
     eval_interval: Positive = 10_000
     """environment steps between evaluations (also at 0 and at the end), >= 1"""
     eval_episodes: Positive = 10
