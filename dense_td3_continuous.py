@@ -630,7 +630,8 @@ def model_stats(agent: "Agent") -> dict:
 
 def save_model(path: Path, agent: "Agent", rb: "ReplayBuffer") -> None:
     """model.pt: each network as plain layers hold it; 16 observations (at first zeros) with the actor's actions."""
-    content = {name: plain_state(part) for name, part in vars(agent).items() if isinstance(part, nn.Module)}
+    networks = {name: plain_state(part) for name, part in vars(agent).items() if isinstance(part, nn.Module)}
+    content = {name: {key: x.cpu() for key, x in state.items()} for name, state in networks.items()}
     observations = rb.rows[:16, rb.places["observations"]].clone()
     with evaluating(agent.actor):
         content["probe"] = [observations, agent.actor(observations.to(rb.device)).cpu()]

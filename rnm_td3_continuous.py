@@ -809,7 +809,8 @@ def model_stats(agent: "Agent") -> dict:
 
 def save_model(path: Path, agent: "Agent", rb: "ReplayBuffer") -> None:
     """model.pt: each network as plain layers hold it; 16 observations (at first zeros) with the actor's actions."""
-    content = {name: plain_state(part) for name, part in vars(agent).items() if isinstance(part, nn.Module)}
+    networks = {name: plain_state(part) for name, part in vars(agent).items() if isinstance(part, nn.Module)}
+    content = {name: {key: x.cpu() for key, x in state.items()} for name, state in networks.items()}
     observations = rb.rows[:16, rb.places["observations"]].clone()
     with evaluating(agent.actor):
         content["probe"] = [observations, agent.actor(observations.to(rb.device)).cpu()]
@@ -1486,8 +1487,10 @@ def use_kernel(args: Args, agent: Agent, env: gym.Env) -> str:
 
     Each network's outputs and gradients on a random batch are compared with torch's: UserError if they differ.
     """
-    if args.kernel == "torch" or args.device != "cpu" or (args.kernel == "auto" and args.n == args.m):
+    if args.kernel == "torch" or (args.kernel == "auto" and (args.device != "cpu" or args.n == args.m)):
         return "torch"
+    if args.device != "cpu":
+        raise UserError("--kernel nm needs --device cpu")
     try:
         if load_kernels().nm_lanes() < 32 and 4 * args.n > args.m and args.kernel == "auto":
             return "torch"  # without AVX 2:4 is slower than dense
