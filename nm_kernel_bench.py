@@ -646,9 +646,13 @@ changes every K updates, this adds so much to the time of the layer's three prod
 
 {tabulate(masks, *MASK_TABLE)}
 """
-    for title, complaints in (("Wrong, not timed", content["wrong"]), ("Not supported", content["unsupported"])):
+    names = {}  # of what is not supported, by reason
+    for name, _, reason in (line.partition(": ") for line in dict.fromkeys(content["unsupported"])):
+        names.setdefault(reason, []).append(name)
+    unsupported = [f"{', '.join(own)}: {reason}" for reason, own in names.items()]
+    for title, complaints in (("Wrong, not timed", content["wrong"]), ("Not supported", unsupported)):
         if complaints:
-            text += "\n".join([f"\n## {title}\n", *(f"- {complaint}" for complaint in dict.fromkeys(complaints)), ""])
+            text += "\n".join([f"\n## {title}\n", *(f"- {complaint}" for complaint in complaints), ""])
     return text
 
 
