@@ -1,0 +1,459 @@
+"""Bring a grid of training runs (environments x configurations x seeds) to its end: locally, or as a SLURM job array.
+
+  python run_grid.py --env-ids HalfCheetah-v5 Ant-v5 --seeds 1 2 3 4 5 --workers 2 \\
+    --commands "dense_td3_continuous.py" "rnm_td3_continuous.py --n 2 --m 4" "rnm_td3_continuous.py --n 1 --m 8"
+
+The same command again skips what is finished, resumes what stopped and starts what is missing, whatever happened in
+between. A run is known by its script and its arguments in meta.json, not by its folder's name; tracking, W&B's names,
+--checkpoint-interval, --capture-video, --keep-replay and --threads do not make another run. Runs of other code stop
+the grid before it starts anything, unless --accept-code. Two grids in one folder share the work.
+
+Each run has a log in RUNS_DIR/grid; that file is locked as long as the run lives, so nothing is run twice.
+Exit codes: 0 all finished, 1 some failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM.
+"""
+
+import contextlib
+import fcntl
+import hashlib
+import importlib.util
+import itertools
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import NoReturn
+
+import tyro
+from tqdm import tqdm
+
+FREE = set("runs_dir resume evaluate track wandb_project_name wandb_entity".split())  # these do not make another run
+FREE |= set("checkpoint_interval capture_video keep_replay threads".split())
+RESUMED = "track wandb_project_name wandb_entity checkpoint_interval capture_video".split()  # as typed now
+CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [*range(os.cpu_count() or 1)]
+LOCK = fcntl.LOCK_EX | fcntl.LOCK_NB
+STOP_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}
+
+
+@dataclass
+class Args:
+    commands: tuple[str, ...]
+    """a training script with its own flags, in quotes, for each configuration"""
+    env_ids: tuple[str, ...]
+    """gymnasium ids of the environments"""
+    seeds: tuple[int, ...] = (1, 2, 3, 4, 5)
+    """seeds, integers >= 0; all runs of a seed come before those of the next"""
+    workers: int = len(CORES)
+    """runs at a time, >= 1, each with one thread and, if there are as many, a core of its own"""
+    runs_dir: str = "runs"
+    """folder of the runs"""
+    name: str | None = None
+    """name of the study, a tag of each run in Weights & Biases"""
+    accept_code: bool = False
+    """count finished runs of other code as finished, and resume stopped ones with today's"""
+    dry_run: bool = False
+    """only say what is finished, what would be resumed and what would start"""
+    slurm_partition: str | None = None
+    """make a SLURM job array of what is not finished, in this partition"""
+    slurm_time: int = 240
+    """minutes until SLURM stops a run, >= 2; it is put back into the queue and resumed"""
+    task: int | None = None
+    """number of the one run to bring to its end, from 0; the job array uses it"""
+
+
+@dataclass
+class Run:
+    """One run of the grid. What is known of it on disk is looked up when it is needed, with `look`."""
+
+    label: str  # of its configuration
+    env_id: str
+    seed: int
+    argv: list[str]  # starts it
+    resume_argv: list[str]  # behind --resume FOLDER
+    script: str
+    code: str  # hash of the script's code
+    identity: dict  # the arguments that make it this run
+    total: int  # environment steps
+    threads: int
+    log: Path
+    folder: Path | None = None
+    state: str = "missing"  # or stopped (it has a checkpoint), finished
+    tries: int = 0
+    failure: str | None = None  # why it was given up
+    process: subprocess.Popen | None = None
+    bar: tqdm | None = field(default=None, repr=False)
+    log_start: int = 0  # where this try begins in the log
+
+    def __str__(self) -> str:
+        return f"{self.env_id} {self.label} s{self.seed}"
+
+
+def fail(message: str) -> NoReturn:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# --- What the grid consists of ------------------------------------------------------------------------------------
+
+
+@cache
+def load_script(path: str) -> ModuleType:
+    """The training script as a module: its own parser, checks and hash say what a command means."""
+    spec = importlib.util.spec_from_file_location(f"script_{hashlib.sha256(path.encode()).hexdigest()[:8]}", path)
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def hash_code(script: str) -> str:
+    return load_script(script).code_hash(Path(script).read_text())
+
+
+@cache
+def check_environment(script: str, env_id: str) -> None:
+    load_script(script).make_env(env_id).close()
+
+
+def shorten(commands: tuple[str, ...]) -> dict[str, str]:
+    """A label for each command: its script, and the flags that not all have."""
+    words = {command: re.split(r"\s+(?=--)", command.strip()) for command in commands}
+    common = set.intersection(*map(set, words.values())) if len(words) > 1 else set()
+    stems = {command: Path(own[0]).stem.removesuffix("_continuous") for command, own in words.items()}
+    return {
+        command: " ".join([stems[command], *(w for w in words[command][1:] if w not in common)]) for command in words
+    }
+
+
+def make_run(command: str, label: str, env_id: str, seed: int, runs_dir: str) -> Run:
+    """Check a command as its script would; errors end the program before anything starts."""
+    script, *flags = shlex.split(command) or [""]
+    own = {"--env-id", "--seed", "--runs-dir", "--resume", "--evaluate"}
+    if taken := own & {word.split("=")[0].replace("_", "-") for word in flags}:
+        fail(f"{command}: the grid itself sets {min(taken)}")
+    if not Path(script).is_file():
+        fail(f"there is no script {script}")
+    argv = [*flags, "--env-id", env_id, "--seed", str(seed), "--runs-dir", runs_dir]
+    try:
+        module = load_script(script)
+        args = vars(module.parse_args(argv))
+        check_environment(script, env_id)
+    except SystemExit:
+        fail(f"{command}: this script does not take these flags")
+    except Exception as error:
+        fail(f"{command}: {first_line(error)}")
+    identity = json.loads(json.dumps({key: value for key, value in args.items() if key not in FREE}))
+    digest = hashlib.sha256(json.dumps([Path(script).name, identity], sort_keys=True).encode()).hexdigest()[:8]
+    resume_argv = []
+    for key, value in ((key.replace("_", "-"), args.get(key)) for key in RESUMED):
+        if value is not None:
+            resume_argv += [f"--{'' if value else 'no-'}{key}"] if isinstance(value, bool) else [f"--{key}", str(value)]
+    argv, name = [sys.executable, script, *argv], f"{env_id.replace('/', '-')}__{Path(script).stem}__s{seed}__{digest}"
+    code, sizes = hash_code(script), {"total": args["total_timesteps"], "threads": args.get("threads", 1)}
+    log, script = Path(runs_dir, "grid", f"{name}.log"), Path(script).name
+    return Run(label, env_id, seed, argv, resume_argv, script, code, identity, **sizes, log=log)
+
+
+def make_grid(args: Args) -> list[Run]:
+    if not (args.commands and args.env_ids and args.seeds):
+        fail("--commands, --env-ids and --seeds must each name one at least")
+    every, labels = itertools.product(args.seeds, args.env_ids, args.commands), shorten(args.commands)
+    grid = [make_run(command, labels[command], env_id, seed, args.runs_dir) for seed, env_id, command in every]
+    seen = {}
+    for run in grid:
+        if run.log in seen:
+            fail(f"the same run twice: {seen[run.log]} and {run}")
+        seen[run.log] = run
+    return grid
+
+
+# --- What is on disk ----------------------------------------------------------------------------------------------
+
+
+def read_runs(runs_dir: str) -> list[tuple[Path, dict]]:
+    found = []
+    for path in sorted(Path(runs_dir).glob("*/meta.json")):
+        with contextlib.suppress(OSError, ValueError):
+            meta = json.loads(path.read_text())
+            if isinstance(meta, dict) and isinstance(meta.get("args"), dict):
+                found.append((path.parent, meta))
+    return found
+
+
+def look(run: Run, found: list[tuple[Path, dict]]) -> dict:
+    """Set the run's state and folder by its traces on disk; returns its meta. Own code, finished, newest come first."""
+    same = []
+    for folder, meta in found:
+        saved, checkpoint = meta["args"], folder / "checkpoint.pt"
+        equal = all(saved[key] == value for key, value in run.identity.items() if key in saved)
+        finished = meta.get("exit_reason") == "finished"
+        if equal and meta.get("script") == run.script and (finished or checkpoint.exists()):
+            age = 0.0 if finished else checkpoint.stat().st_mtime
+            same.append((meta.get("code") == run.code, finished, age, folder, meta))
+    if not same:
+        run.folder, run.state = None, "missing"
+        return {}
+    _, finished, _, run.folder, meta = max(same, key=lambda entry: entry[:3])
+    run.state = "finished" if finished else "stopped"
+    return meta
+
+
+def lives(path: Path) -> bool:
+    """Whether a process holds a lock on this file."""
+    try:
+        with open(path, "r+") as file:
+            fcntl.flock(file, LOCK)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def steps_done(run: Run) -> int:
+    """Environment steps by the last whole row of metrics.csv."""
+    if run.folder is None and run.process:
+        with open(run.log, errors="replace") as file:
+            file.seek(run.log_start)
+            started = re.search(r"^(.+): started$", file.read(), re.MULTILINE)
+        run.folder = Path(started[1]) if started else None
+    if run.state == "finished" or run.folder is None:
+        return run.total if run.state == "finished" else 0
+    with contextlib.suppress(OSError, ValueError, IndexError), open(run.folder / "metrics.csv", "rb") as file:
+        file.seek(-min(4096, os.fstat(file.fileno()).st_size), os.SEEK_END)
+        return int(file.read().split(b"\n")[-2].split(b",")[0])
+    return 0
+
+
+def last_line(run: Run) -> str:
+    with open(run.log, errors="replace") as file:
+        file.seek(run.log_start)
+        lines = [line.strip() for line in re.split(r"[\r\n]", file.read()) if line.strip()]
+    return lines[-1] if lines else "it printed nothing"
+
+
+# --- Running ------------------------------------------------------------------------------------------------------
+
+
+def start(run: Run, name: str | None, cores: list[int]) -> bool:
+    """Start or resume a run unless it lives somewhere else (then False) or turns out to be finished (then True)."""
+    with open(run.log, "a") as log:
+        try:
+            fcntl.flock(log, LOCK)  # the run inherits it with its output, so that it holds it whatever becomes of us
+        except BlockingIOError:
+            return False
+        look(run, read_runs(str(run.log.parents[1])))
+        if run.state == "finished":
+            return True
+        if run.folder and lives(run.folder / "metrics.csv"):
+            return False
+        command = [*run.argv[:2], "--resume", str(run.folder), *run.resume_argv] if run.folder else run.argv
+        tags = {"WANDB_TAGS": ",".join(filter(None, (os.environ.get("WANDB_TAGS"), name)))}
+        run.log_start, run.tries, env = log.tell(), run.tries + 1, os.environ | tags | {"OMP_NUM_THREADS": "1"}
+        # a session of its own: Ctrl-C in the terminal reaches the grid alone, which passes it on
+        options = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
+        run.process = subprocess.Popen(command, env=env, **options)
+        if cores and hasattr(os, "sched_setaffinity"):
+            with contextlib.suppress(ProcessLookupError):
+                os.sched_setaffinity(run.process.pid, cores)
+    return True
+
+
+class Pool:
+    """Runs the grid: `workers` at a time, each tried twice, in order; those that live elsewhere are looked at again."""
+
+    def __init__(self, grid: list[Run], args: Args):
+        self.grid, self.args, self.stop_signal = grid, args, None
+        self.waiting, self.slots = [run for run in grid if run.state != "finished"], [None] * args.workers
+        self.terminal, self.bar, self.again = sys.stderr.isatty() and args.task is None, None, 0.0
+
+    def stop(self, number: int, _frame) -> None:
+        """First signal: every run stops at its episode's end, with a checkpoint. Second one: now."""
+        for run in filter(None, self.slots):
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(run.process.pid, signal.SIGTERM)
+        if self.stop_signal:
+            os._exit(STOP_CODES[number])
+        self.stop_signal = number
+        os.write(2, b"\nstopping all runs at the end of their episodes; once more to leave at once\n")
+
+    def say(self, message: str) -> None:
+        with contextlib.suppress(OSError):
+            tqdm.write(message, file=sys.stdout)
+            sys.stdout.flush()
+
+    def run(self) -> None:
+        for number in STOP_CODES:
+            signal.signal(number, self.stop)
+        done = sum(map(steps_done, self.grid))
+        if self.terminal:
+            total = sum(run.total for run in self.grid)
+            self.bar = tqdm(total=total, initial=done, unit="step", desc="grid", dynamic_ncols=True, smoothing=0.02)
+        while any(self.slots) or (self.waiting and not self.stop_signal):
+            for slot, run in enumerate(self.slots):
+                if run is None and not self.stop_signal:
+                    self.fill(slot)
+                elif run and run.process.poll() is not None:
+                    self.settle(slot)
+            if self.terminal:
+                self.draw()
+            elif self.args.task is not None and self.waiting and not any(self.slots):
+                break  # it lives elsewhere: a job of SLURM does not wait for it
+            time.sleep(0.2)
+        if self.bar is not None:
+            self.bar.close()
+
+    def fill(self, slot: int) -> None:
+        """Start the first waiting run that nobody else runs."""
+        if time.monotonic() < self.again:
+            return
+        own = [CORES[slot]] if len(self.slots) == len(CORES) else []  # with fewer workers, others want cores, too
+        for run in list(self.waiting):
+            if hash_code(run.argv[1]) != run.code:
+                run.failure = "the script was edited while the grid ran"
+                self.waiting.remove(run)
+                continue
+            if not start(run, self.args.name, own if run.threads == 1 else []):
+                continue
+            self.waiting.remove(run)
+            if run.process is None:  # finished elsewhere in the meantime
+                continue
+            self.slots[slot] = run
+            if self.terminal:
+                options = {"desc": str(run)[:48], "position": slot + 1, "leave": False, "dynamic_ncols": True}
+                run.bar = tqdm(total=run.total, initial=steps_done(run), unit="step", **options)
+            else:
+                self.say(f"{'resumed' if run.folder else 'started'}: {run}")
+            return
+        if self.waiting and not any(self.slots) and not self.again:
+            self.say(f"waiting for {len(self.waiting)} runs that live elsewhere")
+        self.again = time.monotonic() + 2  # all that wait live elsewhere
+
+    def settle(self, slot: int) -> None:
+        """A run has ended: finished, stopped with the grid, to be tried again, or failed."""
+        run, self.slots[slot] = self.slots[slot], None
+        code = run.process.returncode
+        if run.bar is not None:
+            run.bar.close()
+        meta = look(run, read_runs(self.args.runs_dir))
+        run.process = None
+        if run.state == "finished":
+            if not self.terminal:
+                self.say(f"finished: {run}, final score {meta['final_score']:.1f}")
+        elif self.stop_signal and code in (130, 143, -signal.SIGTERM):
+            self.say(f"stopped: {run}")
+        elif run.tries < 2 and code != 2 and meta.get("exit_reason") != "nan" and not self.stop_signal:
+            self.say(f"failed with exit code {code}, tried again: {run}: {last_line(run)}")
+            self.waiting.insert(0, run)
+        else:
+            run.failure = f"exit code {code}: {last_line(run)}"
+            self.say(f"failed: {run}: {run.failure}")
+
+    def draw(self) -> None:
+        for run in filter(None, self.slots):
+            run.bar.n = steps_done(run)
+            run.bar.refresh()
+        self.bar.n = sum(map(steps_done, self.grid))
+        ended = sum(run.state == "finished" for run in self.grid)
+        self.bar.set_postfix_str(f"{ended} of {len(self.grid)} runs")
+
+
+# --- SLURM --------------------------------------------------------------------------------------------------------
+
+
+def submit(grid: list[Run], args: Args) -> int:
+    """A job array whose task i brings run i of this grid to its end. A task near its time limit is requeued."""
+    tasks = ",".join(str(i) for i, run in enumerate(grid) if run.state != "finished")
+    words = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:]]
+    options = f"--parsable --array={tasks}%{args.workers} --time={args.slurm_time} --requeue --signal=B:USR1@60".split()
+    options += ["--open-mode=append", f"--partition={args.slurm_partition}", f"--job-name={args.name or 'grid'}"]
+    options += [f"--output={args.runs_dir}/grid/slurm-%A_%a.log", f"--cpus-per-task={max(run.threads for run in grid)}"]
+    script = f"#!/bin/sh\nexec {shlex.join(words)} --task $SLURM_ARRAY_TASK_ID\n"
+    if shutil.which("sbatch") is None:
+        fail("--slurm-partition: there is no sbatch here")
+    result = subprocess.run(["sbatch", *options], input=script, capture_output=True, text=True)
+    if result.returncode:
+        fail(f"sbatch: {result.stderr.strip()}")
+    print(f"job {result.stdout.strip()}: {tasks.count(',') + 1} runs; see `squeue --me` and {args.runs_dir}/grid")
+    print("when the queue is empty, the same command reports, or goes on with what is not finished")
+    return 0
+
+
+# --- The end ------------------------------------------------------------------------------------------------------
+
+
+def report(grid: list[Run], args: Args) -> None:
+    """A row for each configuration and environment, the failures, and how to draw the rest."""
+    metas, rows = dict(read_runs(args.runs_dir)), []
+    for label, env_id in dict.fromkeys((run.label, run.env_id) for run in grid):
+        runs = [run for run in grid if (run.label, run.env_id) == (label, env_id)]
+        ended = [metas[run.folder] for run in runs if run.state == "finished"]
+        scores = [meta["final_score"] for meta in ended]
+        spread = f" ± {statistics.stdev(scores):,.1f}" if len(scores) > 1 else ""
+        score = f"{statistics.fmean(scores):,.1f}{spread}" if scores else ""
+        minutes = f"{statistics.fmean(meta['wall_time_s'] for meta in ended) / 60:,.1f}" if ended else ""
+        rows.append([label, env_id, f"{len(ended)} of {len(runs)}", score, minutes])
+    rows.insert(0, ["configuration", "environment", "finished", "final score (± std)", "minutes"])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    for run in grid:
+        if run.failure:
+            again = [*run.argv[:2], "--resume", str(run.folder)] if run.folder else run.argv
+            print(f"failed: {run}: {run.failure}\n  log: {run.log}\n  again: {shlex.join(again)}")
+    print(f"figures: python sad_analysis.py {shlex.quote(args.runs_dir)}")
+
+
+def main() -> int:
+    args = tyro.cli(Args, description=__doc__)
+    if args.workers < 1 or args.slurm_time < 2:
+        fail("--workers must be at least 1, --slurm-time at least 2")
+    grid = make_grid(args)
+    if args.task is not None and not 0 <= args.task < len(grid):
+        fail(f"--task must be from 0 to {len(grid) - 1}, not {args.task}")
+    found = read_runs(args.runs_dir)
+    metas = [look(run, found) for run in grid]
+    other = [run for run, meta in zip(grid, metas, strict=True) if meta and meta.get("code") != run.code]
+    if other and not args.accept_code:
+        fail(
+            f"{len(other)} runs are of other code than the script has now, first {other[0].folder}: take another "
+            "--runs-dir or the old script, or count them as they are with --accept-code"
+        )
+    if args.dry_run:
+        for run in grid:
+            states = {"missing": "starts", "stopped": "goes on", "finished": "is finished"}
+            alive = lives(run.log) or (run.folder is not None and lives(run.folder / "metrics.csv"))
+            print(f"{'runs elsewhere' if alive else states[run.state]:<14}  {run}, {steps_done(run)} steps done")
+        return 0
+    grid = grid if args.task is None else [grid[args.task]]
+    try:
+        Path(args.runs_dir, "grid").mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--runs-dir: {first_line(error)}")
+    if args.slurm_partition and args.task is None and any(run.state != "finished" for run in grid):
+        return submit(grid, args)
+    pool = Pool(grid, args)
+    pool.run()
+    if args.task is None:
+        report(grid, args)
+    if all(run.state == "finished" for run in grid):
+        return 0
+    if pool.stop_signal == signal.SIGUSR1:  # a SLURM task near its time limit, whose run has saved itself
+        subprocess.run(["scontrol", "requeue", "{SLURM_ARRAY_JOB_ID}_{SLURM_ARRAY_TASK_ID}".format(**os.environ)])
+    return STOP_CODES[pool.stop_signal] if pool.stop_signal else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,342 @@
+"""run_grid.py: with a stand-in for a training script that takes half a second, and with the real ones."""
+
+import fcntl
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, assert_same_run, flags
+
+SCRIPT = """
+import fcntl, hashlib, json, os, signal, sys, time
+from pathlib import Path
+
+class Args:
+    pass
+
+def parse_args(argv=None):
+    args = Args()
+    vars(args).update(env_id="A-v0", seed=1, runs_dir="runs", resume=None, total_timesteps=20, n=0, mode="", track=True)
+    argv = sys.argv[1:] if argv is None else argv
+    for name, value in zip(argv[::2], argv[1::2]):
+        key = name[2:].replace("-", "_")
+        if key not in vars(args):
+            raise SystemExit(2)
+        old = getattr(args, key)
+        setattr(args, key, value if old is None else type(old)(value))
+    if args.n < 0:
+        raise ValueError("--n must be at least 0")
+    return args
+
+def make_env(env_id):
+    if env_id == "No-v0":
+        raise ValueError("there is no No-v0")
+    return open(os.devnull)
+
+def code_hash(source):
+    return hashlib.sha256(source.encode()).hexdigest()
+
+def main():
+    args = parse_args([word for word in sys.argv[1:] if word != "--track"])
+    folder = Path(args.resume) if args.resume else Path(args.runs_dir, f"{args.env_id}-{os.getpid()}")
+    folder.mkdir(parents=True, exist_ok=True)
+    meta = {"script": Path(__file__).name, "args": vars(args) | {"resume": None}, "exit_reason": "running"}
+    meta |= {"code": code_hash(Path(__file__).read_text()), "tags": os.environ.get("WANDB_TAGS")}
+    if args.resume:
+        meta = json.loads((folder / "meta.json").read_text())
+        vars(args).update(meta["args"])
+    write = lambda **facts: (folder / "meta.json").write_text(json.dumps(meta | facts))
+    file = open(folder / "metrics.csv", "a")
+    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    checkpoint = folder / "checkpoint.pt"
+    step = int(checkpoint.read_text()) if checkpoint.exists() else 0
+    with open(Path(args.runs_dir, "started.txt"), "a") as log:
+        log.write(f"{args.env_id} {args.n} s{args.seed} from {step} on {len(os.sched_getaffinity(0))} cores\\n")
+    write()
+    print(f"{folder}: started", flush=True)
+    stopped = []
+    signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
+    signal.signal(signal.SIGINT, lambda *_: print("SIGINT reached a run"))
+    while step < args.total_timesteps:
+        step += 1
+        print(step, file=file, flush=True)
+        checkpoint.write_text(str(step))
+        time.sleep(0.02)
+        if args.mode == "nan" and step == 5:
+            write(exit_reason="nan")
+            print("error: loss is NaN")
+            return 1
+        if args.mode == "always" and step >= 5 or args.mode == "once" and step == 5:
+            write(exit_reason="error")
+            print("error: it broke at", step)
+            return 1
+        if args.mode == "input":
+            print("error: bad file")
+            return 2
+        if stopped:
+            write(exit_reason="sigterm")
+            return 143
+    write(exit_reason="finished", final_score=float(args.seed + args.n), wall_time_s=60.0)
+    return 0
+
+if __name__ == "__main__":
+    sys.exit(main())
+"""
+
+
+@pytest.fixture
+def grid(tmp_path):
+    """grid(*commands, env_ids=, seeds=, wait=) -> (exit code, stdout, stderr), or the process."""
+    (tmp_path / "toy.py").write_text(SCRIPT)
+    if os.environ.get("WANDB_TAGS"):
+        raise RuntimeError("WANDB_TAGS is set")
+
+    def call(*commands, env_ids=("A-v0",), seeds=(1, 2), more=(), wait=True):
+        argv = [sys.executable, str(ROOT / "run_grid.py"), "--commands", *commands, "--env-ids", *env_ids, "--seeds"]
+        argv += [*map(str, seeds), *map(str, more)]
+        process = subprocess.Popen(
+            argv, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        )
+        if not wait:
+            return process
+        out, err = process.communicate(timeout=120)
+        return process.returncode, out, err
+
+    return call
+
+
+def started(tmp_path):
+    """What the runs themselves wrote when they started, in order."""
+    path = tmp_path / "runs" / "started.txt"
+    return [line.split(" on ")[0] for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def metas(tmp_path):
+    return [json.loads(path.read_text()) for path in sorted(tmp_path.glob("runs/*/meta.json"))]
+
+
+def wait_for(condition, seconds=60):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "it took too long"
+        time.sleep(0.05)
+
+
+def test_a_grid_runs_once_and_is_reported(grid, tmp_path):
+    command = ("toy.py --n 1", "toy.py --n 2")
+    code, out, err = grid(*command, env_ids=("A-v0", "B-v0"), more=("--workers", 1, "--name", "study"))
+    assert (code, err) == (0, "")
+    order = [f"{env} {n} s{seed} from 0" for seed in (1, 2) for env in ("A-v0", "B-v0") for n in (1, 2)]
+    assert started(tmp_path) == order
+    assert {meta["tags"] for meta in metas(tmp_path)} == {"study"}
+    rows = [re.split(r"  +", line) for line in out.splitlines() if re.match(r"toy --n", line)]
+    spread = "0.7"  # the scores are n + seed: 2 and 3, or 3 and 4
+    assert rows == [
+        [f"toy --n {n}", env, "2 of 2", f"{n + 1.5} ± {spread}", "1.0"] for env in ("A-v0", "B-v0") for n in (1, 2)
+    ]
+    assert out.splitlines()[-1] == "figures: python sad_analysis.py runs"
+    assert out.count("\nstarted: ") + out.startswith("started: ") == 8 and out.count("finished: ") == 8
+    code, again, _ = grid(*command, env_ids=("A-v0", "B-v0"), more=("--workers", 1))
+    assert code == 0 and started(tmp_path) == order and "started: " not in again
+    code, _, _ = grid(*command, env_ids=("A-v0", "B-v0"), seeds=(1, 2, 3))
+    assert code == 0 and len(started(tmp_path)) == 12  # what is missing, and no more
+
+
+def test_what_makes_another_run(grid, tmp_path):
+    assert grid("toy.py --n 1", seeds=(1,))[0] == 0
+    assert grid("toy.py --track x --n 1", seeds=(1,))[0] == 0  # tracking does not
+    assert len(started(tmp_path)) == 1
+    assert grid("toy.py --n 1 --total-timesteps 21", seeds=(1,))[0] == 0
+    assert len(started(tmp_path)) == 2
+
+
+def test_other_code_stops_the_grid_unless_accepted(grid, tmp_path):
+    assert grid("toy.py", seeds=(1,))[0] == 0
+    with open(tmp_path / "toy.py", "a") as file:
+        file.write("# edited\n")
+    code, out, err = grid("toy.py", seeds=(1, 2))
+    assert code == 2 and out == "" and "1 runs are of other code" in err and "--accept-code" in err
+    assert len(started(tmp_path)) == 1
+    code, out, _ = grid("toy.py", seeds=(1, 2), more=("--accept-code",))
+    assert code == 0 and started(tmp_path) == ["A-v0 0 s1 from 0", "A-v0 0 s2 from 0"]
+
+
+def test_a_script_edited_while_the_grid_runs(grid, tmp_path):
+    process = grid("toy.py", more=("--workers", 1), wait=False)
+    wait_for(lambda: started(tmp_path))
+    with open(tmp_path / "toy.py", "a") as file:
+        file.write("# edited\n")
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and len(started(tmp_path)) == 1
+    assert "failed: A-v0 toy s2: the script was edited while the grid ran" in out
+
+
+@pytest.mark.parametrize(
+    ("mode", "tries", "code", "last"),
+    [
+        ("once", ["0", "5"], 0, None),
+        ("always", ["0", "5"], 1, "exit code 1: error: it broke at 6"),
+        ("nan", ["0"], 1, "exit code 1: error: loss is NaN"),
+        ("input", ["0"], 1, "exit code 2: error: bad file"),
+    ],
+)
+def test_failures(grid, tmp_path, mode, tries, code, last):
+    """Tried again once from the checkpoint, but not after NaN or bad input; the other run goes on."""
+    got = grid(f"toy.py --mode {mode}", "toy.py", seeds=(1,), more=("--workers", 1))
+    assert got[0] == code, got
+    steps = [line.split()[-1] for line in started(tmp_path)]
+    assert steps == [*tries, "0"]
+    assert "finished: A-v0 toy s1" in got[1]
+    if last:
+        report = got[1].split("failed: ")[-1]
+        assert f"A-v0 toy --mode {mode} s1: {last}\n  log: runs/grid/A-v0__toy__s1__" in report
+        again = re.search(r"  again: (.*)", report)[1]
+        assert again.startswith(f"{sys.executable} toy.py --resume runs/A-v0-")
+        assert "1 of 1" in got[1] and "0 of 1" in got[1]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_grid_goes_on(grid, tmp_path, number):
+    """The runs get SIGTERM, save themselves and go on from there; Ctrl-C reaches them through the grid alone."""
+    process = grid("toy.py --total-timesteps 100", seeds=(1, 2, 3), more=("--workers", 2), wait=False)
+    wait_for(lambda: len(started(tmp_path)) == 2)
+    os.killpg(process.pid, number)  # as a terminal does
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == {signal.SIGINT: 130, signal.SIGTERM: 143}[number]
+    assert "once more to leave at once" in err and out.count("stopped: ") == 2
+    assert {meta["exit_reason"] for meta in metas(tmp_path)} == {"sigterm"} and len(started(tmp_path)) == 2
+    code, out, _ = grid("toy.py --total-timesteps 100", seeds=(1, 2, 3), more=("--workers", 2))
+    assert code == 0 and out.count("resumed: ") == 2 and out.count("started: ") == 1
+    assert all(" from 0" not in line for line in started(tmp_path)[2:4]) and len(started(tmp_path)) == 5
+    assert len(metas(tmp_path)) == 3
+    assert "SIGINT reached" not in "".join(path.read_text() for path in tmp_path.glob("runs/grid/*.log"))
+
+
+def test_a_killed_grid_and_its_orphans(grid, tmp_path):
+    """kill -9 of the grid leaves its runs alive: the next grid waits for them, and starts none of them again."""
+    process = grid("toy.py --total-timesteps 150", more=("--workers", 2), wait=False)
+    wait_for(lambda: len(started(tmp_path)) == 2)
+    process.kill()
+    process.communicate()
+    code, out, _ = grid("toy.py --total-timesteps 150", more=("--dry-run",))
+    assert code == 0 and out.count("runs elsewhere") == 2
+    code, out, _ = grid("toy.py --total-timesteps 150", seeds=(1, 2, 3))
+    assert code == 0 and len(started(tmp_path)) == 3 and "3 of 3" in out
+
+
+def test_a_killed_run_is_tried_again(grid, tmp_path):
+    process = grid("toy.py --total-timesteps 100", seeds=(1,), wait=False)
+    wait_for(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")))
+    (folder,) = tmp_path.glob("runs/A-v0-*")
+    os.kill(int(folder.name.split("-")[-1]), signal.SIGKILL)  # the stand-in's folder is named by its process
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 0 and "failed with exit code -9, tried again" in out
+    assert len(started(tmp_path)) == 2 and " from 0" not in started(tmp_path)[1]
+
+
+def test_two_grids_share_the_work(grid, tmp_path):
+    seeds = (1, 2, 3, 4, 5)
+    grids = [grid("toy.py", seeds=seeds, more=("--workers", 2), wait=False) for _ in range(2)]
+    for process in grids:
+        out, _ = process.communicate(timeout=60)
+        assert process.returncode == 0 and "5 of 5" in out
+    assert sorted(started(tmp_path)) == [f"A-v0 0 s{seed} from 0" for seed in seeds]
+
+
+def test_a_run_started_by_hand_is_waited_for(grid, tmp_path):
+    assert grid("toy.py", seeds=(1,))[0] == 0
+    (folder,) = tmp_path.glob("runs/A-v0-*")
+    meta = json.loads((folder / "meta.json").read_text()) | {"exit_reason": "running"}
+    (folder / "meta.json").write_text(json.dumps(meta))
+    (folder / "checkpoint.pt").write_text("7")
+    with open(folder / "metrics.csv", "r+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        process = grid("toy.py", seeds=(1,), wait=False)
+        assert "waiting for 1 runs" in process.stdout.readline()
+        assert len(started(tmp_path)) == 1
+    process.communicate(timeout=60)
+    assert process.returncode == 0 and started(tmp_path)[1] == "A-v0 0 s1 from 7"
+
+
+BAD = [
+    (("toy.py --what 1",), "toy.py --what 1: this script does not take these flags"),
+    (("toy.py --n -1",), "toy.py --n -1: --n must be at least 0"),
+    (("gone.py",), "there is no script gone.py"),
+    (("toy.py --seed 3",), "the grid itself sets --seed"),
+    (("toy.py", "toy.py --n 0"), "the same run twice"),
+    (("",), "there is no script"),
+    (("other.py",), "other.py: "),
+]
+
+
+@pytest.mark.parametrize(("commands", "message"), BAD)
+def test_bad_input_stops_before_anything_starts(grid, tmp_path, commands, message):
+    (tmp_path / "other.py").write_text("x = 1\n")
+    code, out, err = grid("toy.py --n 5", *commands)
+    assert (code, out) == (2, "") and err.startswith("error: ") and err.count("\n") == 1 and message in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_bad_flags_of_the_grid(grid, tmp_path):
+    for env_ids, more, message in [
+        (("A-v0", "No-v0"), (), "there is no No-v0"),
+        (("A-v0",), ("--workers", 0), "--workers must be at least 1"),
+        (("A-v0",), ("--task", 2), "--task must be from 0 to 1"),
+        (("A-v0",), ("--runs-dir", "toy.py"), "--runs-dir: "),
+    ]:
+        code, _, err = grid("toy.py", env_ids=env_ids, more=more)
+        assert code == 2 and message in err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_dry_run_changes_nothing(grid, tmp_path):
+    assert grid("toy.py", seeds=(1,))[0] == 0
+    shutil.copytree(next(tmp_path.glob("runs/A-v0-*")), tmp_path / "runs" / "stopped")
+    path = tmp_path / "runs" / "stopped" / "meta.json"
+    meta = json.loads(path.read_text())
+    path.write_text(json.dumps(meta | {"args": meta["args"] | {"seed": 2}, "exit_reason": "sigterm"}))
+    before = {path: path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*"))}
+    code, out, err = grid("toy.py", seeds=(1, 2, 3), more=("--dry-run",))
+    assert (code, err) == (0, "")
+    states = [re.split(r"  +", line) for line in out.splitlines()]
+    assert states == [
+        ["is finished", "A-v0 toy s1, 20 steps done"],
+        ["goes on", "A-v0 toy s2, 20 steps done"],
+        ["starts", "A-v0 toy s3, 0 steps done"],
+    ]
+    assert {path: path.stat().st_mtime_ns for path in sorted(tmp_path.rglob("*"))} == before
+    assert len(started(tmp_path)) == 1
+
+
+@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="one core")
+def test_full_workers_have_a_core_each(grid, tmp_path):
+    assert grid("toy.py", seeds=(1,))[0] == 0
+    assert grid("toy.py", seeds=(2,), more=("--workers", 1))[0] == 0
+    cores = [line.split(" on ")[1] for line in (tmp_path / "runs" / "started.txt").read_text().splitlines()]
+    assert cores == ["1 cores", f"{len(os.sched_getaffinity(0))} cores"]
+
+
+def test_the_real_scripts(grid, tmp_path):
+    """Stopped and finished by repetition, the runs are those of an unstopped grid, bit for bit."""
+    common = " ".join(flag for flag in flags(total_timesteps=900) if not flag.startswith("--env"))
+    commands = [f"{ROOT}/rnm_td3_continuous.py {common} --n 1 --m 4 --no-track"]
+    commands += [f"{ROOT}/dense_td3_continuous.py {common} --no-track"]
+    options = {"env_ids": ("toy_envs:Reach-v0",), "seeds": (1,)}
+    process = grid(*commands, **options, wait=False)
+    wait_for(lambda: len(list(tmp_path.glob("runs/*/metrics.csv"))) == 2)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=60)
+    code, out, err = grid(*commands, **options)
+    assert code == 0 and "1 of 1" in out, (out, err)
+    code, out, err = grid(*commands, **options, more=("--runs-dir", "whole"))
+    assert code == 0 and out.count("started: ") == 2, (out, err)
+    for name in ("rnm", "dense"):
+        ((one,), (other,)) = (list(tmp_path.glob(f"{folder}/*{name}*/")) for folder in ("runs", "whole"))
+        assert_same_run(one, other)
