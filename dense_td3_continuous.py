@@ -17,6 +17,7 @@ import hashlib
 import json
 import math
 import os
+import pickle
 import random
 import re
 import shutil
@@ -148,7 +149,7 @@ class QNetwork(nn.Module):
         return self.net(torch.cat([x, a], dim=1))
 
 
-Network = namedtuple("Network", "name online target optimizer")
+Network = namedtuple("Network", "name online target")
 
 
 class Agent:
@@ -161,8 +162,7 @@ class Agent:
         self.networks = []  # masks, Polyak averages, sizes, logged columns follow this list
         for name, net in networks.items():
             target = copy.deepcopy(net).requires_grad_(False)  # targets start as copies
-            optimizer = self.actor_optimizer if name == "actor" else self.q_optimizer
-            self.networks.append(Network(name, net, target, optimizer))
+            self.networks.append(Network(name, net, target))
             vars(self).update({name: net, "target_actor" if name == "actor" else f"{name}_target": target})
         self.online_parameters = [param for net in self.networks for param in net.online.parameters()]
         self.target_parameters = [param for net in self.networks for param in net.target.parameters()]
@@ -205,7 +205,7 @@ def update_critics(agent: Agent, data, args: Args, generator: torch.Generator) -
 
 def update_actor(agent: Agent, data) -> dict[str, torch.Tensor]:
     """One step of the actor up the first critic's gradient."""
-    critics = [param for param in agent.q_optimizer.param_groups[0]["params"] if param.requires_grad]
+    critics = [param for group in agent.q_optimizer.param_groups for param in group["params"] if param.requires_grad]
     for param in critics:
         param.requires_grad_(False)  # the gradient passes through the critic, whose own weights need none here
     actor_loss = -agent.qf1(data.observations, agent.actor(data.observations)).mean()
@@ -504,11 +504,12 @@ def set_globals(python_state, numpy_state, torch_state, cuda_states) -> None:
 @contextlib.contextmanager
 def evaluating(actor: nn.Module):
     """eval() mode; global generators come back as they were, so that training does not depend on evaluations."""
-    states = get_globals()
+    states, modes = get_globals(), {module: module.training for module in actor.modules()}
     actor.eval()
     with torch.no_grad():
         yield
-    actor.train()
+    for module, mode in modes.items():
+        module.training = mode
     set_globals(*states)
 
 
@@ -586,15 +587,12 @@ def final_score(evaluations: list[list]) -> float:
 def make_adam(parameters, learning_rate: float) -> optim.Adam:
     """Adam in one fused call, which does not tell autograd that it changed the parameters: the hook does."""
     optimizer = optim.Adam(parameters, lr=learning_rate, fused=True)
-    changed = optimizer.param_groups[0]["params"]
-    optimizer.register_step_post_hook(lambda *_: torch.autograd.graph.increment_version(changed))
 
-    def zero_grad(set_to_none: bool = True) -> None:  # torch's takes longer to note that it was called
+    def changed(*_) -> None:
         for group in optimizer.param_groups:
-            for param in group["params"]:
-                param.grad = None if set_to_none or param.grad is None else param.grad.detach().zero_()
+            torch.autograd.graph.increment_version(group["params"])
 
-    optimizer.zero_grad = zero_grad
+    optimizer.register_step_post_hook(changed)
     return optimizer
 
 
@@ -623,7 +621,7 @@ def model_stats(agent: "Agent") -> dict:
                     if weight.dim() == 2:
                         modules[net.name][-1]["active"] = own = getattr(part, "active_weights", weight).numel()
                         kept, size = kept + own, size + weight.numel()
-        density[net.name], inactive = kept / size, inactive + size - kept
+        density[net.name], inactive = kept / max(1, size), inactive + size - kept
         active += sum(param.numel() for param in net.online.parameters())
     return {"modules": modules, "density": density, "params_total": active + inactive, "params_active": active}
 
@@ -684,7 +682,8 @@ class Run:
         if self.stop_signal:
             os._exit(128 + number)
         self.stop_signal = "sigint" if number == signal.SIGINT else "sigterm"
-        os.write(2, b"\nstopping at the end of this episode; once more to leave at once\n")
+        with contextlib.suppress(OSError):  # the pipe's reader may have died of the same Ctrl-C
+            os.write(2, b"\nstopping at the end of this episode; once more to leave at once\n")
 
     def __exit__(self, kind, error, _traceback) -> None:
         for number, handler in self.handlers.items():
@@ -863,17 +862,31 @@ def save_checkpoint(run: Run, state: "State", agent: "Agent", rb: ReplayBuffer, 
         os.fsync(run.csv.fileno())
         state.times, state.csv_bytes = run.times().tolist(), os.fstat(run.csv.fileno()).st_size
         content = {name: part.state_dict() for name, part in vars(agent).items() if hasattr(part, "state_dict")}
-        content["plain"] = plain(
-            {k: x for k, x in vars(agent).items() if isinstance(x, int | float | str | torch.Tensor)}
-        )
         content |= {"rb": rb.state_dict(), "rng": {name: generator.get_state() for name, generator in rng.items()}}
-        content |= {
-            "globals": get_globals(),
-            "env": env.unwrapped.np_random.bit_generator.state,
-            "state": plain(vars(state)),
-        }
+        content |= {"globals": get_globals(), "env": env.unwrapped.np_random.bit_generator.state}
+        content |= {"agent": plain(own_values(agent)), "state": plain(own_values(state))}
         write_atomic(run.dir / "checkpoint.pt", lambda file: torch.save(content, file))
+        if run.last_checkpoint is None:  # the first one: say now what a resume could not read
+            try:
+                read_torch(run.dir / "checkpoint.pt")
+            except pickle.UnpicklingError as error:
+                raise TypeError(f"State or Agent holds what a checkpoint can't: {error}") from None
         run.last_checkpoint = state.global_step
+
+
+def own_values(thing) -> dict:
+    """What an object holds beside networks, optimizers, functions, and the lists that Agent makes of them."""
+    made = "networks", "online_parameters", "target_parameters"
+    return {k: x for k, x in vars(thing).items() if not (k in made or callable(x) or hasattr(x, "state_dict"))}
+
+
+def set_values(thing, values: dict) -> None:
+    """Put them back; tensors in place, since an optimizer may hold them."""
+    for name, value in values.items():
+        if isinstance(old := getattr(thing, name, None), torch.Tensor):
+            old.data.copy_(value)
+        else:
+            setattr(thing, name, value)
 
 
 def plain(x):
@@ -893,12 +906,12 @@ def load_checkpoint(args: "Args", state: "State", agent: "Agent", rb: ReplayBuff
         for name, part in {**vars(agent), "rb": rb}.items():
             if hasattr(part, "load_state_dict"):
                 part.load_state_dict(content[name])
-        vars(agent).update(content["plain"])
+        set_values(agent, content["agent"])
         for name, generator in rng.items():
             generator.set_state(content["rng"][name])
         set_globals(*content["globals"])
         env.unwrapped.np_random.bit_generator.state = content["env"]
-        vars(state).update(content["state"])
+        set_values(state, content["state"])
     except Exception as error:
         raise UserError(f"{path} is damaged or of another version: {first_line(error)}") from None
 

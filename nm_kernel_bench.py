@@ -22,7 +22,6 @@ import contextlib
 import copy
 import csv
 import ctypes
-import hashlib
 import importlib.util
 import itertools
 import json
@@ -30,7 +29,6 @@ import math
 import platform
 import re
 import shlex
-import shutil
 import statistics
 import subprocess
 import sys
@@ -294,7 +292,7 @@ def gpu_implementations(tensors: Sequence[torch.Tensor], patterns: Sequence[str]
 # --- Timing layers ------------------------------------------------------------------------------------------------
 
 PEAK = r"""
-enum { CHAINS = W == 16 ? 24 : 12 };  // multiply-adds in flight; load_kernels defines W, the floats in a vector
+enum { CHAINS = W == 16 ? 24 : 12 };  // multiply-adds in flight; W floats in a vector
 typedef float vec __attribute__((vector_size(4 * W)));
 float multiply_add(int rounds) {
     vec a[CHAINS], b = {0.5f}, c = {1.0f};
@@ -312,7 +310,8 @@ int operations(void) { return 2 * W * CHAINS; }  // in a round
 def cpu_limits() -> dict:
     """What one core reaches: multiply-adds from registers in GFLOP/s, torch's sum of 256 MiB of memory in GB/s."""
     try:
-        library, rounds, memory = load_kernels(PEAK), 5_000_000, torch.ones(2**26)
+        width = f"enum {{ W = {load_kernels().nm_lanes() // 4} }};"
+        library, rounds, memory = load_kernels(width + PEAK), 5_000_000, torch.ones(2**26)
     except OSError as error:
         fail(f"the N:M kernels need a C compiler: {first_line(error)}")
     add = min(seconds(partial(library.multiply_add, rounds), 1) for _ in range(9))
@@ -646,7 +645,12 @@ changes every K updates, this adds so much to the time of the layer's three prod
 
 {tabulate(masks, *MASK_TABLE)}
 """
-    names = {}  # of what is not supported, by reason
+    return text + list_complaints(content)
+
+
+def list_complaints(content: dict) -> str:
+    """What was wrong, and what is not supported, by reason."""
+    text, names = "", {}
     for name, _, reason in (line.partition(": ") for line in dict.fromkeys(content["unsupported"])):
         names.setdefault(reason, []).append(name)
     unsupported = [f"{', '.join(own)}: {reason}" for reason, own in names.items()]
@@ -1050,7 +1054,14 @@ KERNELS = r"""
 #ifdef __SSE__
 #include <immintrin.h>
 #endif
-enum { V = 4, LANES = V * W };  // a tile is [feature][V vectors of W floats]; W: 16 with AVX-512, 8 with AVX, else 4
+#if defined(__AVX512F__)  // W floats in a vector
+enum { W = 16 };
+#elif defined(__AVX__)
+enum { W = 8 };
+#else
+enum { W = 4 };
+#endif
+enum { V = 4, LANES = V * W };  // a tile is [feature][V vectors]
 #define INLINE static inline __attribute__((always_inline))
 #define APART static __attribute__((noinline))  // inlined, they are slower: too few registers
 typedef float vec __attribute__((vector_size(4 * W), may_alias));
@@ -1200,7 +1211,7 @@ class Index:
     """Where the active weights of a mask E [out, in] are, by row and by column."""
 
     def __init__(self, E: torch.Tensor):
-        self.E, (self.rows, self.cols) = E, E.shape
+        self.rows, self.cols = E.shape
         row, col = E.nonzero(as_tuple=True)
         self.nnz = len(row)
         shift = 7 if 32 * self.nnz > E.numel() else 8  # blocks of 128 or 256: what they need fits the L1 cache
@@ -1216,14 +1227,11 @@ class Index:
         self.fields = array("q", [*steps[0], *p[:2], *steps[1], *p[2:], self.nnz])
         self.address = self.fields.buffer_info()[0]
 
-    def __reduce__(self):
-        return Index, (self.E,)  # a copy has addresses of its own
-
 
 Layers = tuple[tuple[Index, bool], ...]  # a chain: where the active weights of each layer are, whether ReLU follows
 
 
-@lru_cache(64)
+@lru_cache(16)  # more would keep old masks in memory
 def sizes(chain: Layers) -> tuple[int, int, int, int, int]:
     """Of x, of y, of x and all outputs, the largest of these; the number of active weights."""
     widths = [chain[0][0].cols, *(index.rows for index, _ in chain)]
@@ -1282,29 +1290,15 @@ class Chain(torch.autograd.Function):
 
 @cache
 def load_kernels(source: str = KERNELS) -> ctypes.CDLL:
-    """Compile `source` with the system's C compiler, or take what was compiled before. Raises OSError."""
+    """Compile `source` with the system's C compiler, in half a second. Raises OSError."""
     compiler = shlex.split(os.environ.get("CC") or "cc")
-    for native in ("-march=native", "-mcpu=native", "-O3"):
-        probe = subprocess.run([*compiler, native, "-dM", "-E", "-x", "c", os.devnull], capture_output=True)
-        if probe.returncode == 0:
-            break
-    width = 16 if b"__AVX512F__ " in probe.stdout else 8 if b"__AVX__ " in probe.stdout else 4
-    command = [*compiler, "-O3", native, f"-DW={width}", "-shared", "-fPIC", "-x", "c", "-", "-o"]
-    key = hashlib.sha256(repr((source, command, probe.stdout)).encode()).hexdigest()[:24]
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    path = Path(os.devnull if home.startswith("~") else home, "nm-sparse-rl", f"{key}.so")  # no home: nothing is kept
-    with contextlib.suppress(OSError):
-        return ctypes.CDLL(str(path))
-    with tempfile.TemporaryDirectory() as scratch:
-        built = Path(scratch, "kernels.so")
-        run = subprocess.run([*command, built], input=source.encode(), capture_output=True)
-        if run.returncode:
-            raise OSError(f"{compiler[0]} failed: {run.stderr.decode().strip().partition(chr(10))[0]}")
-        with contextlib.suppress(OSError):  # a cache that can't be written: compile at each start
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # whole when it gets its name: many processes may do so at once, and be killed while they do
-            os.replace(shutil.copy(built, path.with_suffix(f".{os.getpid()}")), path)
-        return ctypes.CDLL(str(built))
+    with tempfile.TemporaryDirectory() as folder:
+        for native in ("-march=native", "-mcpu=native", "-O3"):  # x86, ARM, a compiler that knows neither
+            command = [*compiler, "-O3", native, "-shared", "-fPIC", "-x", "c", "-", "-o", f"{folder}/kernels.so"]
+            run = subprocess.run(command, input=source.encode(), capture_output=True)
+            if run.returncode == 0:
+                return ctypes.CDLL(f"{folder}/kernels.so")
+    raise OSError(f"{compiler[0]} failed: {run.stderr.decode().strip().partition(chr(10))[0]}")
 
 
 # --- end shared ---

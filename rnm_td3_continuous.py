@@ -32,6 +32,7 @@ import inspect
 import json
 import math
 import os
+import pickle
 import random
 import re
 import shlex
@@ -45,13 +46,14 @@ import time
 import warnings
 import zipfile
 from array import array
-from collections import OrderedDict, namedtuple
+from collections import Counter, OrderedDict, namedtuple
 from dataclasses import dataclass, replace
 from datetime import datetime
 from functools import cache, lru_cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal, get_type_hints
+from weakref import WeakKeyDictionary
 
 import gymnasium as gym
 import numpy as np
@@ -184,7 +186,7 @@ class NMLinear(nn.Module):
     @property
     def E(self) -> torch.Tensor:
         """The mask [out, in], bool."""
-        return torch.zeros_like(self.W, dtype=torch.bool).put_(self.positions, self.positions >= 0)
+        return torch.zeros_like(self.W, dtype=torch.bool).view(-1).index_fill_(0, self.positions, True).view_as(self.W)
 
     def sparse_weight(self) -> torch.Tensor:
         """W~ [out, in], zero at the inactive positions; its gradient reaches the active weights alone."""
@@ -194,15 +196,18 @@ class NMLinear(nn.Module):
         return F.linear(x, self.sparse_weight(), self.bias)
 
 
-def sparsify(net: nn.Module, args: Args) -> nn.Module:
-    """Make every nn.Linear of a network N:M, but the last one in order of registration only with --sparse-head (D5)."""
-    linears = {name: x for name, x in net.named_modules(remove_duplicate=False) if isinstance(x, nn.Linear)}
-    for name, linear in list(linears.items())[: None if args.sparse_head else -1]:
-        if not is_plain(linear, nn.Linear) or list(linears.values()).count(linear) > 1:
-            raise ValueError(f"sparsify does not know {name}: a subclass, a hook, or a layer that is used twice")
-        parent, _, child = name.rpartition(".")
-        setattr(net.get_submodule(parent), child, NMLinear(linear, args.n, args.m))
-    return net
+def sparsify(networks: dict[str, nn.Module], args: Args) -> dict[str, nn.Module]:
+    """Make every nn.Linear N:M, but the last one that a network registered only with --sparse-head (D5)."""
+    modules = [module for net in networks.values() for _, module in net.named_modules(remove_duplicate=False)]
+    uses = Counter(id(param) for module in modules for param in module._parameters.values())
+    for net in networks.values():
+        linears = [(name, module) for name, module in net.named_modules() if isinstance(module, nn.Linear)]
+        for name, linear in linears[: None if args.sparse_head else -1]:
+            if not is_plain(linear, nn.Linear) or any(uses[id(param)] > 1 for param in linear.parameters()):
+                raise ValueError(f"sparsify does not know {name}: a subclass, a hook, or weights that are used twice")
+            parent, _, child = name.rpartition(".")
+            setattr(net.get_submodule(parent), child, NMLinear(linear, args.n, args.m))
+    return networks
 
 
 @torch.no_grad()
@@ -212,16 +217,14 @@ def refresh_masks(agent: "Agent") -> None:
     Adam's moments travel in the same way. A weight that returns has the value and the moments that it had when it
     left; in a target network too, so that there it can be far behind the online one.
     """
+    optimizers = [part for part in vars(agent).values() if isinstance(part, optim.Optimizer)]
     for net in agent.networks:
         for layer, target in zip(nm_layers(net.online).values(), nm_layers(net.target).values(), strict=True):
-            stores = [(layer.W, layer.active_weights), (target.W, target.active_weights)]
-            state = net.optimizer.state.get(layer.active_weights, {})  # empty before Adam's first step
-            if not torch.equal(layer.positions, target.positions) or (
-                layer.active_weights.grad is not None and not state
-            ):
-                raise ValueError(f"{net.name}: the mask of its target or its optimizer is not that of Agent.networks")
-            for key in state.keys() - {"step"}:  # an optimizer with other moments: give NMLinear buffers for them
-                stores.append((layer.get_buffer(key), state[key]))
+            if not torch.equal(layer.positions, target.positions):
+                raise ValueError(f"{net.name}: its target has another mask")
+            stores = [(x.W, x.get_parameter("active_weights")) for x in (layer, target)]  # an error if it is computed
+            for state in (optimizer.state.get(layer.active_weights, {}) for optimizer in optimizers):
+                stores += [(layer.get_buffer(key), state[key]) for key in state.keys() - {"step"}]  # Adam's two moments
             for dense, packed in stores:
                 dense.put_(layer.positions, packed)
             E = project(layer.W, layer.n, layer.m)
@@ -265,7 +268,7 @@ class QNetwork(nn.Module):
         return self.net(torch.cat([x, a], dim=1))
 
 
-Network = namedtuple("Network", "name online target optimizer")
+Network = namedtuple("Network", "name online target")
 
 
 class Agent:
@@ -278,8 +281,7 @@ class Agent:
         self.networks = []  # masks, Polyak averages, sizes, logged columns follow this list
         for name, net in networks.items():
             target = copy.deepcopy(net).requires_grad_(False)  # targets start as copies
-            optimizer = self.actor_optimizer if name == "actor" else self.q_optimizer
-            self.networks.append(Network(name, net, target, optimizer))
+            self.networks.append(Network(name, net, target))
             vars(self).update({name: net, "target_actor" if name == "actor" else f"{name}_target": target})
         self.online_parameters = [param for net in self.networks for param in net.online.parameters()]
         self.target_parameters = [param for net in self.networks for param in net.target.parameters()]
@@ -322,7 +324,7 @@ def update_critics(agent: Agent, data, args: Args, generator: torch.Generator) -
 
 def update_actor(agent: Agent, data) -> dict[str, torch.Tensor]:
     """One step of the actor up the first critic's gradient."""
-    critics = [param for param in agent.q_optimizer.param_groups[0]["params"] if param.requires_grad]
+    critics = [param for group in agent.q_optimizer.param_groups for param in group["params"] if param.requires_grad]
     for param in critics:
         param.requires_grad_(False)  # the gradient passes through the critic, whose own weights need none here
     actor_loss = -agent.qf1(data.observations, agent.actor(data.observations)).mean()
@@ -361,7 +363,6 @@ class State:
         self.global_step, self.update = 0, 0  # environment steps taken, critic updates done
         self.losses = {}  # of the last update
         self.evaluations = []  # [global_step, mean return], but for the one at step 0
-        self.masks = []  # what masks.npz will hold
         self.times, self.csv_bytes = [0.0, 0.0], 0  # training seconds by wall and CPU clock, length of metrics.csv
 
 
@@ -371,8 +372,7 @@ def train(args: Args) -> dict:
     env = make_env(args.env_id)
     rng = make_generators(args.seed, args.device)
     seed_globals(draw_seeds(rng["init"], 1)[0])
-    networks = {name: sparsify(net, args) for name, net in make_networks(args, env).items()}
-    agent = Agent(networks, args.learning_rate)
+    agent = Agent(sparsify(make_networks(args, env), args), args.learning_rate)
     stats = model_stats(agent) | {"kernel": use_kernel(args, agent, env)}
     rb = ReplayBuffer(args.buffer_size, transition_columns(env), args.device)
     eval_seeds = draw_seeds(rng["evaluation"], args.eval_episodes)
@@ -382,7 +382,7 @@ def train(args: Args) -> dict:
     seed_globals(draw_seeds(rng["globals"], 1)[0])  # for what a fork draws with torch.rand, np.random or random
 
     state, first_masks = State(), get_masks(agent)
-    state.masks = add_masks([], first_masks, state)
+    state.masks = add_masks([], first_masks, state)  # what masks.npz will hold
     if args.resume:
         load_checkpoint(args, state, agent, rb, rng, env)
     columns = metric_columns(agent) + list(sad_metrics(first_masks, first_masks, first_masks))
@@ -405,7 +405,7 @@ def train(args: Args) -> dict:
             rb.add(observations=obs, actions=action, next_observations=next_obs, rewards=reward, dones=terminated)
             obs = next_obs
 
-            row, updates, last = {}, state.update, global_step == args.total_timesteps
+            row, previous, last = {}, state.update, global_step == args.total_timesteps
             if global_step > args.learning_starts:
                 with run.updating():
                     state.update += 1
@@ -419,7 +419,7 @@ def train(args: Args) -> dict:
                 row |= run.evaluate(agent.actor, eval_seeds, global_step)
                 state.evaluations.append([global_step, row["eval/episodic_return"]])
             K = args.mask_update_interval
-            if K and state.update // K > updates // K and not last:  # after the evaluation (D4)
+            if K and state.update // K > previous // K and not last:  # after the evaluation (D4)
                 with run.updating():
                     masks = get_masks(agent)
                     refresh_masks(agent)
@@ -683,11 +683,12 @@ def set_globals(python_state, numpy_state, torch_state, cuda_states) -> None:
 @contextlib.contextmanager
 def evaluating(actor: nn.Module):
     """eval() mode; global generators come back as they were, so that training does not depend on evaluations."""
-    states = get_globals()
+    states, modes = get_globals(), {module: module.training for module in actor.modules()}
     actor.eval()
     with torch.no_grad():
         yield
-    actor.train()
+    for module, mode in modes.items():
+        module.training = mode
     set_globals(*states)
 
 
@@ -765,15 +766,12 @@ def final_score(evaluations: list[list]) -> float:
 def make_adam(parameters, learning_rate: float) -> optim.Adam:
     """Adam in one fused call, which does not tell autograd that it changed the parameters: the hook does."""
     optimizer = optim.Adam(parameters, lr=learning_rate, fused=True)
-    changed = optimizer.param_groups[0]["params"]
-    optimizer.register_step_post_hook(lambda *_: torch.autograd.graph.increment_version(changed))
 
-    def zero_grad(set_to_none: bool = True) -> None:  # torch's takes longer to note that it was called
+    def changed(*_) -> None:
         for group in optimizer.param_groups:
-            for param in group["params"]:
-                param.grad = None if set_to_none or param.grad is None else param.grad.detach().zero_()
+            torch.autograd.graph.increment_version(group["params"])
 
-    optimizer.zero_grad = zero_grad
+    optimizer.register_step_post_hook(changed)
     return optimizer
 
 
@@ -802,7 +800,7 @@ def model_stats(agent: "Agent") -> dict:
                     if weight.dim() == 2:
                         modules[net.name][-1]["active"] = own = getattr(part, "active_weights", weight).numel()
                         kept, size = kept + own, size + weight.numel()
-        density[net.name], inactive = kept / size, inactive + size - kept
+        density[net.name], inactive = kept / max(1, size), inactive + size - kept
         active += sum(param.numel() for param in net.online.parameters())
     return {"modules": modules, "density": density, "params_total": active + inactive, "params_active": active}
 
@@ -863,7 +861,8 @@ class Run:
         if self.stop_signal:
             os._exit(128 + number)
         self.stop_signal = "sigint" if number == signal.SIGINT else "sigterm"
-        os.write(2, b"\nstopping at the end of this episode; once more to leave at once\n")
+        with contextlib.suppress(OSError):  # the pipe's reader may have died of the same Ctrl-C
+            os.write(2, b"\nstopping at the end of this episode; once more to leave at once\n")
 
     def __exit__(self, kind, error, _traceback) -> None:
         for number, handler in self.handlers.items():
@@ -1042,17 +1041,31 @@ def save_checkpoint(run: Run, state: "State", agent: "Agent", rb: ReplayBuffer, 
         os.fsync(run.csv.fileno())
         state.times, state.csv_bytes = run.times().tolist(), os.fstat(run.csv.fileno()).st_size
         content = {name: part.state_dict() for name, part in vars(agent).items() if hasattr(part, "state_dict")}
-        content["plain"] = plain(
-            {k: x for k, x in vars(agent).items() if isinstance(x, int | float | str | torch.Tensor)}
-        )
         content |= {"rb": rb.state_dict(), "rng": {name: generator.get_state() for name, generator in rng.items()}}
-        content |= {
-            "globals": get_globals(),
-            "env": env.unwrapped.np_random.bit_generator.state,
-            "state": plain(vars(state)),
-        }
+        content |= {"globals": get_globals(), "env": env.unwrapped.np_random.bit_generator.state}
+        content |= {"agent": plain(own_values(agent)), "state": plain(own_values(state))}
         write_atomic(run.dir / "checkpoint.pt", lambda file: torch.save(content, file))
+        if run.last_checkpoint is None:  # the first one: say now what a resume could not read
+            try:
+                read_torch(run.dir / "checkpoint.pt")
+            except pickle.UnpicklingError as error:
+                raise TypeError(f"State or Agent holds what a checkpoint can't: {error}") from None
         run.last_checkpoint = state.global_step
+
+
+def own_values(thing) -> dict:
+    """What an object holds beside networks, optimizers, functions, and the lists that Agent makes of them."""
+    made = "networks", "online_parameters", "target_parameters"
+    return {k: x for k, x in vars(thing).items() if not (k in made or callable(x) or hasattr(x, "state_dict"))}
+
+
+def set_values(thing, values: dict) -> None:
+    """Put them back; tensors in place, since an optimizer may hold them."""
+    for name, value in values.items():
+        if isinstance(old := getattr(thing, name, None), torch.Tensor):
+            old.data.copy_(value)
+        else:
+            setattr(thing, name, value)
 
 
 def plain(x):
@@ -1072,12 +1085,12 @@ def load_checkpoint(args: "Args", state: "State", agent: "Agent", rb: ReplayBuff
         for name, part in {**vars(agent), "rb": rb}.items():
             if hasattr(part, "load_state_dict"):
                 part.load_state_dict(content[name])
-        vars(agent).update(content["plain"])
+        set_values(agent, content["agent"])
         for name, generator in rng.items():
             generator.set_state(content["rng"][name])
         set_globals(*content["globals"])
         env.unwrapped.np_random.bit_generator.state = content["env"]
-        vars(state).update(content["state"])
+        set_values(state, content["state"])
     except Exception as error:
         raise UserError(f"{path} is damaged or of another version: {first_line(error)}") from None
 
@@ -1147,7 +1160,14 @@ KERNELS = r"""
 #ifdef __SSE__
 #include <immintrin.h>
 #endif
-enum { V = 4, LANES = V * W };  // a tile is [feature][V vectors of W floats]; W: 16 with AVX-512, 8 with AVX, else 4
+#if defined(__AVX512F__)  // W floats in a vector
+enum { W = 16 };
+#elif defined(__AVX__)
+enum { W = 8 };
+#else
+enum { W = 4 };
+#endif
+enum { V = 4, LANES = V * W };  // a tile is [feature][V vectors]
 #define INLINE static inline __attribute__((always_inline))
 #define APART static __attribute__((noinline))  // inlined, they are slower: too few registers
 typedef float vec __attribute__((vector_size(4 * W), may_alias));
@@ -1297,7 +1317,7 @@ class Index:
     """Where the active weights of a mask E [out, in] are, by row and by column."""
 
     def __init__(self, E: torch.Tensor):
-        self.E, (self.rows, self.cols) = E, E.shape
+        self.rows, self.cols = E.shape
         row, col = E.nonzero(as_tuple=True)
         self.nnz = len(row)
         shift = 7 if 32 * self.nnz > E.numel() else 8  # blocks of 128 or 256: what they need fits the L1 cache
@@ -1313,14 +1333,11 @@ class Index:
         self.fields = array("q", [*steps[0], *p[:2], *steps[1], *p[2:], self.nnz])
         self.address = self.fields.buffer_info()[0]
 
-    def __reduce__(self):
-        return Index, (self.E,)  # a copy has addresses of its own
-
 
 Layers = tuple[tuple[Index, bool], ...]  # a chain: where the active weights of each layer are, whether ReLU follows
 
 
-@lru_cache(64)
+@lru_cache(16)  # more would keep old masks in memory
 def sizes(chain: Layers) -> tuple[int, int, int, int, int]:
     """Of x, of y, of x and all outputs, the largest of these; the number of active weights."""
     widths = [chain[0][0].cols, *(index.rows for index, _ in chain)]
@@ -1379,32 +1396,21 @@ class Chain(torch.autograd.Function):
 
 @cache
 def load_kernels(source: str = KERNELS) -> ctypes.CDLL:
-    """Compile `source` with the system's C compiler, or take what was compiled before. Raises OSError."""
+    """Compile `source` with the system's C compiler, in half a second. Raises OSError."""
     compiler = shlex.split(os.environ.get("CC") or "cc")
-    for native in ("-march=native", "-mcpu=native", "-O3"):
-        probe = subprocess.run([*compiler, native, "-dM", "-E", "-x", "c", os.devnull], capture_output=True)
-        if probe.returncode == 0:
-            break
-    width = 16 if b"__AVX512F__ " in probe.stdout else 8 if b"__AVX__ " in probe.stdout else 4
-    command = [*compiler, "-O3", native, f"-DW={width}", "-shared", "-fPIC", "-x", "c", "-", "-o"]
-    key = hashlib.sha256(repr((source, command, probe.stdout)).encode()).hexdigest()[:24]
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    path = Path(os.devnull if home.startswith("~") else home, "nm-sparse-rl", f"{key}.so")  # no home: nothing is kept
-    with contextlib.suppress(OSError):
-        return ctypes.CDLL(str(path))
-    with tempfile.TemporaryDirectory() as scratch:
-        built = Path(scratch, "kernels.so")
-        run = subprocess.run([*command, built], input=source.encode(), capture_output=True)
-        if run.returncode:
-            raise OSError(f"{compiler[0]} failed: {run.stderr.decode().strip().partition(chr(10))[0]}")
-        with contextlib.suppress(OSError):  # a cache that can't be written: compile at each start
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # whole when it gets its name: many processes may do so at once, and be killed while they do
-            os.replace(shutil.copy(built, path.with_suffix(f".{os.getpid()}")), path)
-        return ctypes.CDLL(str(built))
+    with tempfile.TemporaryDirectory() as folder:
+        for native in ("-march=native", "-mcpu=native", "-O3"):  # x86, ARM, a compiler that knows neither
+            command = [*compiler, "-O3", native, "-shared", "-fPIC", "-x", "c", "-", "-o", f"{folder}/kernels.so"]
+            run = subprocess.run(command, input=source.encode(), capture_output=True)
+            if run.returncode == 0:
+                return ctypes.CDLL(f"{folder}/kernels.so")
+    raise OSError(f"{compiler[0]} failed: {run.stderr.decode().strip().partition(chr(10))[0]}")
 
 
 # --- end shared ---
+
+
+INDEXES = WeakKeyDictionary()  # layer -> its positions, their version, the Index made of them; no copy inherits it
 
 
 class FusedLinear(NMLinear):
@@ -1438,13 +1444,13 @@ def run_chain(modules: list[nn.Module], x: torch.Tensor) -> tuple[torch.Tensor, 
             break
         weights, bias = layer._parameters["active_weights" if sparse else "weight"], layer._parameters["bias"]
         positions = layer._buffers["positions"] if sparse else weights
-        mask, index = layer.__dict__.get("index", (None, None))  # made for these positions, in this version
-        if mask is None or mask[0] is not positions or mask[1] != sparse * positions._version:
+        made_for, version, index = INDEXES.get(layer, (None, None, None))
+        if made_for is not positions or version != sparse * positions._version:
             index = Index(layer.E if sparse else torch.ones_like(weights, dtype=torch.bool))
-            layer.index = (positions, sparse * positions._version), index
+            INDEXES[layer] = positions, sparse * positions._version, index
         sizes_fit = bias is not None and (weights.numel(), bias.numel()) == (index.nnz, index.rows)
         width = chain[-1][0].rows if chain else x.shape[1]
-        if not sizes_fit or width != index.cols or max(width, index.rows) > 65_536 or not packed(weights, bias):
+        if not sizes_fit or width != index.cols or max(width, index.rows) > 65_536 or not readable(weights, bias):
             break
         relu = at + 1 < len(modules) and is_plain(modules[at + 1], nn.ReLU)
         chain, at = (*chain, (index, relu)), at + 1 + relu
@@ -1456,7 +1462,7 @@ def run_chain(modules: list[nn.Module], x: torch.Tensor) -> tuple[torch.Tensor, 
     return chain_forward(chain, x, params, keep=False)[0], at
 
 
-def packed(a: torch.Tensor, b: torch.Tensor) -> bool:
+def readable(a: torch.Tensor, b: torch.Tensor) -> bool:
     return a.dtype is b.dtype is torch.float32 and a.is_cpu and b.is_cpu and a.is_contiguous() and b.is_contiguous()
 
 
@@ -1482,6 +1488,29 @@ def fuse(net: nn.Module) -> None:
         module.__class__ = fused.get(type(module), type(module))
 
 
+def compare(net: Network, args: Args, env: gym.Env) -> None:
+    """Raise UserError if the kernels and torch give other outputs or gradients on a random batch, for copies of it."""
+    spaces, generator, results = (env.observation_space, env.action_space), torch.Generator().manual_seed(0), []
+    batch = [torch.randn(args.batch_size, space.shape[0], generator=generator) for space in spaces]
+    wanted = [x for x in inspect.signature(net.online.forward).parameters.values() if x.default is x.empty]
+    try:
+        for change in (fuse, lambda module: module):
+            module = copy.deepcopy(net.online)
+            change(module)
+            torch.manual_seed(0)  # for dropout and the like
+            outputs = module(*batch[: len(wanted)])
+            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            params = [param for param in module.parameters() if param.requires_grad]
+            grads = torch.autograd.grad(sum((y - 1).square().sum() for y in outputs), params, materialize_grads=True)
+            results.append([*(y.detach() for y in outputs), *grads])
+    except Exception as error:  # a forward that takes or returns other things
+        print(f"warning: {net.name} was not compared with --kernel torch: {first_line(error)}", file=sys.stderr)
+        return
+    noise = 1e-4 * max(b.norm() for b in results[1])  # of a gradient that is zero, such as a bias's before a batch norm
+    if not all((a - b).norm() <= 0.01 * b.norm() + noise for a, b in zip(*results, strict=True)):
+        raise UserError(f"--kernel nm does not compute what {net.name} does in torch: use --kernel torch")
+
+
 def use_kernel(args: Args, agent: Agent, env: gym.Env) -> str:
     """Make --kernel true for all networks; returns "nm" or "torch". auto: nm on a CPU with a C compiler if n < m.
 
@@ -1499,23 +1528,10 @@ def use_kernel(args: Args, agent: Agent, env: gym.Env) -> str:
             raise UserError(f"--kernel nm: {first_line(error)}") from None
         print(f"warning: going on with --kernel torch, several times slower: {first_line(error)}", file=sys.stderr)
         return "torch"
-    state, generator = torch.get_rng_state(), torch.Generator().manual_seed(0)
-    spaces = env.observation_space, env.action_space
-    batch = [torch.randn(args.batch_size, space.shape[0], generator=generator) for space in spaces]
     for net in agent.networks:
-        plain, results = copy.deepcopy(net.online), []
+        compare(net, args, env)
         fuse(net.online)
         fuse(net.target)
-        for module in (net.online, plain):
-            torch.manual_seed(0)  # for dropout and the like
-            outputs = module(*batch[: len(inspect.signature(module.forward).parameters)])
-            outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            params = [param for param in module.parameters() if param.requires_grad]
-            grads = torch.autograd.grad(sum(y.square().sum() for y in outputs), params, materialize_grads=True)
-            results.append([*(y.detach() for y in outputs), *grads])
-        if not all((a - b).norm() <= 0.01 * b.norm() + 1e-6 for a, b in zip(*results, strict=True)):
-            raise UserError(f"--kernel nm does not compute what {net.name} does in torch: use --kernel torch")
-    torch.set_rng_state(state)
     return "nm"
 
 

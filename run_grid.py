@@ -27,7 +27,7 @@ import statistics
 import subprocess
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -90,7 +90,7 @@ class Run:
     tries: int = 0
     failure: str | None = None  # why it was given up
     process: subprocess.Popen | None = None
-    bar: tqdm | None = field(default=None, repr=False)
+    bar: tqdm | None = None
     log_start: int = 0  # where this try begins in the log
 
     def __str__(self) -> str:
@@ -122,11 +122,6 @@ def hash_code(script: str) -> str:
     return load_script(script).code_hash(Path(script).read_text())
 
 
-@cache
-def check_environment(script: str, env_id: str) -> None:
-    load_script(script).make_env(env_id).close()
-
-
 def shorten(commands: tuple[str, ...]) -> dict[str, str]:
     """A label for each command: its script, and the flags that not all have."""
     words = {command: re.split(r"\s+(?=--)", command.strip()) for command in commands}
@@ -149,7 +144,7 @@ def make_run(command: str, label: str, env_id: str, seed: int, runs_dir: str) ->
     try:
         module = load_script(script)
         args = vars(module.parse_args(argv))
-        check_environment(script, env_id)
+        module.make_env(env_id).close()
     except SystemExit:
         fail(f"{command}: this script does not take these flags")
     except Exception as error:
@@ -171,11 +166,9 @@ def make_grid(args: Args) -> list[Run]:
         fail("--commands, --env-ids and --seeds must each name one at least")
     every, labels = itertools.product(args.seeds, args.env_ids, args.commands), shorten(args.commands)
     grid = [make_run(command, labels[command], env_id, seed, args.runs_dir) for seed, env_id, command in every]
-    seen = {}
-    for run in grid:
-        if run.log in seen:
-            fail(f"the same run twice: {seen[run.log]} and {run}")
-        seen[run.log] = run
+    for run, other in itertools.combinations(grid, 2):
+        if run.log == other.log:
+            fail(f"the same run twice: {run} and {other}")
     return grid
 
 
@@ -202,11 +195,9 @@ def look(run: Run, found: list[tuple[Path, dict]]) -> dict:
         if equal and meta.get("script") == run.script and (finished or checkpoint.exists()):
             age = 0.0 if finished else checkpoint.stat().st_mtime
             same.append((meta.get("code") == run.code, finished, age, folder, meta))
-    if not same:
-        run.folder, run.state = None, "missing"
-        return {}
-    _, finished, _, run.folder, meta = max(same, key=lambda entry: entry[:3])
-    run.state = "finished" if finished else "stopped"
+    nothing = False, False, 0.0, None, {}
+    _, finished, _, run.folder, meta = max(same, key=lambda entry: entry[:3], default=nothing)
+    run.state = "finished" if finished else "stopped" if run.folder else "missing"
     return meta
 
 
@@ -229,9 +220,10 @@ def steps_done(run: Run) -> int:
             file.seek(run.log_start)
             started = re.search(r"^(.+): started$", file.read(), re.MULTILINE)
         run.folder = Path(started[1]) if started else None
-    if run.state == "finished" or run.folder is None:
-        return run.total if run.state == "finished" else 0
-    with contextlib.suppress(OSError, ValueError, IndexError), open(run.folder / "metrics.csv", "rb") as file:
+    if run.state == "finished":
+        return run.total
+    path = Path(run.folder or os.devnull, "metrics.csv")
+    with contextlib.suppress(OSError, ValueError, IndexError), open(path, "rb") as file:
         file.seek(-min(4096, os.fstat(file.fileno()).st_size), os.SEEK_END)
         return int(file.read().split(b"\n")[-2].split(b",")[0])
     return 0
@@ -287,7 +279,8 @@ class Pool:
         if self.stop_signal:
             os._exit(STOP_CODES[number])
         self.stop_signal = number
-        os.write(2, b"\nstopping all runs at the end of their episodes; once more to leave at once\n")
+        with contextlib.suppress(OSError):
+            os.write(2, b"\nstopping all runs at the end of their episodes; once more to leave at once\n")
 
     def say(self, message: str) -> None:
         with contextlib.suppress(OSError):
@@ -297,9 +290,8 @@ class Pool:
     def run(self) -> None:
         for number in STOP_CODES:
             signal.signal(number, self.stop)
-        done = sum(map(steps_done, self.grid))
         if self.terminal:
-            total = sum(run.total for run in self.grid)
+            total, done = sum(run.total for run in self.grid), sum(map(steps_done, self.grid))
             self.bar = tqdm(total=total, initial=done, unit="step", desc="grid", dynamic_ncols=True, smoothing=0.02)
         while any(self.slots) or (self.waiting and not self.stop_signal):
             for slot, run in enumerate(self.slots):

@@ -10,7 +10,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+import torch.nn as nn
+from conftest import ROOT, SMALL, stop_at
 
 SOURCE = (ROOT / "rnm_td3_continuous.py").read_text()
 CRITIC = '"fc1": nn.Linear(obs_dim + action_dim, hidden_dim), "relu1": nn.ReLU()}'
@@ -59,7 +60,7 @@ EDITS = {
             "        self.losses = {}  # of the last update",
             "        self.next_refresh, self.K = 50, 50\n        self.losses = {}  # of the last update",
         ),
-        ("state.update // K > updates // K", "state.update == state.next_refresh"),
+        ("state.update // K > previous // K", "state.update == state.next_refresh"),
         (
             "                    refresh_masks(agent)\n",
             "                    refresh_masks(agent)\n"
@@ -138,7 +139,7 @@ def updated(module, kernel: str, n=1, m=4, updates=20) -> dict[str, torch.Tensor
     args = module.Args(env_id="Reach-v0", n=n, m=m, hidden_dim=32, batch_size=48, kernel=kernel)
     env, rng = module.make_env(args.env_id), module.make_generators(3, "cpu")
     torch.manual_seed(1)
-    networks = {name: module.sparsify(net, args) for name, net in module.make_networks(args, env).items()}
+    networks = module.sparsify(module.make_networks(args, env), args)
     agent = module.Agent(networks, args.learning_rate)
     assert module.use_kernel(args, agent, env) == kernel
     rb, data = module.ReplayBuffer(500, module.transition_columns(env), "cpu"), np.random.default_rng(0)
@@ -248,7 +249,7 @@ def test_hooks_and_other_inputs_are_honoured(forks):
     module = forks("unedited")
     args = module.Args(env_id="Reach-v0", n=1, m=4, hidden_dim=32, kernel="nm")
     env = module.make_env(args.env_id)
-    net = module.sparsify(module.make_networks(args, env)["qf1"], args)
+    net = module.sparsify(module.make_networks(args, env), args)["qf1"]
     plain = module.copy.deepcopy(net)
     module.fuse(net)
     x = torch.randn(7, 5)
@@ -304,7 +305,7 @@ def odd_parameters():
 def test_odd_parameters_give_what_torch_gives(forks, edit):
     module = forks("unedited")
     args = module.Args(env_id="Reach-v0", n=1, m=4, hidden_dim=32, kernel="nm")
-    net = module.sparsify(module.make_networks(args, module.make_env(args.env_id))["qf1"], args)
+    net = module.sparsify(module.make_networks(args, module.make_env(args.env_id)), args)["qf1"]
     plain, x = module.copy.deepcopy(net), torch.randn(70, 5)
     module.fuse(net)
     net.net(x)  # so that the kernels have seen it as it was
@@ -333,34 +334,135 @@ def test_what_sparsify_does_not_know_is_an_error(forks):
     hooked.register_forward_hook(lambda *_: None)
     for body in ([Noisy(8, 8)], [shared, shared], [hooked], [nn.utils.parametrizations.weight_norm(nn.Linear(8, 8))]):
         with pytest.raises(ValueError, match="sparsify does not know"):
-            module.sparsify(nn.Sequential(*body, nn.Linear(8, 1)), args)
-    net = module.sparsify(nn.Sequential(nn.Linear(8, 8, bias=False), nn.ReLU(), nn.Linear(8, 1)), args)
+            module.sparsify({"net": nn.Sequential(*body, nn.Linear(8, 1))}, args)
+    two = {name: nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 1)) for name in ("qf1", "qf2")}
+    two["qf2"][0].weight = two["qf1"][0].weight  # shared by two networks
+    with pytest.raises(ValueError, match="weights that are used twice"):
+        module.sparsify(two, args)
+    net = module.sparsify({"net": nn.Sequential(nn.Linear(8, 8, bias=False), nn.ReLU(), nn.Linear(8, 1))}, args)["net"]
     plain = module.copy.deepcopy(net)
     module.fuse(net)
     assert torch.allclose(net(torch.eye(8)), plain(torch.eye(8)))
     assert module.plain_state(net).keys() == {"0.weight", "2.weight", "2.bias"}
 
 
-@pytest.mark.parametrize("fault", ["target", "optimizer", "name"])
+@pytest.mark.parametrize("fault", ["target", "name"])
 def test_masks_that_would_go_astray_are_an_error(forks, fault):
-    """A target with another mask, a network whose optimizer is not the listed one, two layers of one name."""
+    """A target with another mask, two layers of one name."""
     module = forks("unedited")
     args = module.Args(env_id="Reach-v0", n=1, m=4, hidden_dim=16, kernel="torch")
-    env, rng = module.make_env(args.env_id), module.make_generators(3, "cpu")
-    networks = {name: module.sparsify(net, args) for name, net in module.make_networks(args, env).items()}
-    agent = module.Agent(networks, args.learning_rate)
-    rb = module.ReplayBuffer(500, module.transition_columns(env), "cpu")
-    for _ in range(300):
-        rb.add(**{name: torch.randn(width) for name, width in module.transition_columns(env).items()})
-    module.update_agent(agent, rb, args, rng, 2)
+    networks = module.make_networks(args, module.make_env(args.env_id))
+    agent = module.Agent(module.sparsify(networks, args), args.learning_rate)
     module.refresh_masks(agent)
     if fault == "target":
         agent.qf1_target.net.fc2.set_mask(agent.qf1.net.fc2.E.roll(1, 1))
-    elif fault == "optimizer":
-        agent.q_optimizer.state.pop(agent.qf2.net.fc1.active_weights)
     else:
         agent.qf1.fc1 = module.copy.deepcopy(agent.qf1.net.fc1)
     with pytest.raises(
-        ValueError, match="two layers of one name" if fault == "name" else r"qf\d: the mask of its target"
+        ValueError, match="two layers of one name" if fault == "name" else "its target has another mask"
     ):
         module.refresh_masks(agent)
+
+
+def test_copies_have_an_index_of_their_own(forks):
+    """A deepcopy made after any refresh computes what it holds, also when the original has moved on."""
+    module = forks("unedited")
+    args = module.Args(env_id="Reach-v0", n=1, m=4, hidden_dim=32, kernel="nm")
+    env = module.make_env(args.env_id)
+    networks = module.sparsify(module.make_networks(args, env), args)
+    agent = module.Agent(networks, args.learning_rate)
+    assert module.use_kernel(args, agent, env) == "nm"
+    obs, copies = torch.randn(8, 3), []
+    for _ in range(4):
+        agent.actor(obs)
+        with torch.no_grad():
+            for param in agent.actor.parameters():
+                param.normal_()
+        masks = module.get_masks(agent)
+        module.refresh_masks(agent)
+        assert any((masks[key] != E).any() for key, E in module.get_masks(agent).items())
+        copies.append(module.copy.deepcopy(agent.actor))
+    for policy in copies:
+        x = obs
+        for name in ("fc1", "fc2", "fc_mu"):
+            layer = getattr(policy.net, name)
+            weight = layer.weight if name == "fc_mu" else layer.sparse_weight()
+            x = torch.nn.functional.linear(x, weight, layer.bias)
+            x = x if name == "fc_mu" else x.relu()
+        x = torch.tanh(x) * policy.action_scale + policy.action_bias
+        assert torch.allclose(policy(obs), x, atol=1e-5)
+
+
+def test_what_agent_and_state_hold_survives_a_resume(forks, tmp_path, monkeypatch):
+    """A learned temperature with an optimizer of its own, a counter, a list; tensors in place."""
+    module = forks("unedited")
+    update_agent, make_agent = module.update_agent, module.Agent.__init__
+
+    def init(agent, *args):
+        make_agent(agent, *args)
+        agent.log_alpha = nn.Parameter(torch.zeros(1))
+        agent.alpha_optimizer = module.make_adam([agent.log_alpha], 0.01)
+        agent.count, agent.history, agent.loss = 0, [0.0], torch.nn.functional.mse_loss
+
+    def update(agent, *args):
+        losses = update_agent(agent, *args)
+        agent.alpha_optimizer.zero_grad()
+        ((agent.log_alpha - 1) ** 2).sum().backward()
+        agent.alpha_optimizer.step()
+        agent.count += 1
+        agent.history = [*agent.history[-3:], agent.log_alpha.item()]
+        last.append((agent.count, agent.history))
+        return losses
+
+    monkeypatch.setattr(module.Agent, "__init__", init)
+    monkeypatch.setattr(module, "update_agent", update)
+    last, small = [], SMALL | {"n": 1, "m": 4}
+    module.train(module.Args(**small, runs_dir=str(tmp_path / "whole")))
+    whole, last[:] = last[-1], []
+    with monkeypatch.context() as patch:
+        stop_at(patch, module, 300)
+        part = module.train(module.Args(**small, runs_dir=str(tmp_path / "part")))
+    assert part["exit_reason"] == "sigterm" and last[-1][0] < whole[0]
+    module.train(module.parse_args(["--resume", part["run_dir"]]))
+    assert last[-1] == whole and whole[0] == 500 and whole[1][-1] > 0.5
+
+
+def test_what_a_resume_can_not_read_is_said_at_the_start(forks, tmp_path, monkeypatch):
+    module = forks("unedited")
+    init = module.State.__init__
+
+    def wrong(state):
+        init(state)
+        state.table = np.zeros(3)
+
+    monkeypatch.setattr(module.State, "__init__", wrong)
+    with pytest.raises(Exception, match="Weights only"):
+        module.train(module.Args(**SMALL, n=1, m=4, runs_dir=str(tmp_path)))
+
+
+def test_the_comparison_at_the_start_changes_nothing(forks, capsys):
+    """Batch norm keeps its statistics; a forward that can't be called with a batch is said and goes on."""
+    module = forks("unedited")
+    args = module.Args(env_id="Reach-v0", n=1, m=4, hidden_dim=32, kernel="nm")
+    env = module.make_env(args.env_id)
+    networks = module.make_networks(args, env)
+    layers = [
+        ("norm", nn.BatchNorm1d(32)) if name == "relu1" else (name, x)
+        for name, x in networks["qf1"].net.named_children()
+    ]
+    networks["qf1"].net = nn.Sequential(module.OrderedDict(layers))
+
+    class Told(module.Actor):
+        def forward(self, x, deterministic=False):
+            return super().forward(x) * (1 if deterministic else 0.5)
+
+    class Three(module.QNetwork):
+        def forward(self, x, a, taus):
+            return super().forward(x, a) * taus
+
+    networks |= {"actor": Told(env, 32), "qf2": Three(env, 32)}
+    agent = module.Agent(module.sparsify(networks, args), args.learning_rate)
+    assert module.use_kernel(args, agent, env) == "nm"
+    assert agent.qf1.net.norm.num_batches_tracked == 0 and not agent.qf1.net.norm.running_mean.any()
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "qf2 was not compared with --kernel torch: " in err and "taus" in err

@@ -27,7 +27,7 @@ def test_updates_are_those_of_the_cpu(script):
         torch.manual_seed(0)
         networks = script.make_networks(args, env)
         if sparse(script):
-            networks = {name: script.sparsify(net, args) for name, net in networks.items()}
+            networks = script.sparsify(networks, args)
         agents[device] = agent = script.Agent(networks, args.learning_rate)
         rb = script.ReplayBuffer(400, script.transition_columns(env), device)
         generator = torch.Generator().manual_seed(1)

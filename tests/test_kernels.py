@@ -1,14 +1,8 @@
-"""The CPU kernels against float64, against torch's rules, and their compile cache under attack."""
+"""The CPU kernels against float64, against torch's rules, and without a compiler."""
 
-import copy
 import itertools
 import os
-import pickle
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -43,7 +37,10 @@ def make_chain(rnm, masks, relu=None, seed=0, requires_grad=True):
         shape = E.shape if E.all() else (int(E.sum()),)  # a dense layer's weight is its own packed form
         params += torch.randn(shape, generator=generator) * scale, torch.randn(len(E), generator=generator)
     params = [p.requires_grad_(requires_grad) for p in params]
-    return [(rnm.Index(E), r) for E, r in zip(masks, relu, strict=True)], params
+    chain = [(rnm.Index(E), r) for E, r in zip(masks, relu, strict=True)]
+    for (index, _), E in zip(chain, masks, strict=True):
+        index.E = E  # for `reference`
+    return chain, params
 
 
 def simple_chain(rnm, widths=(10, 64, 64, 1), n=1, m=4, seed=0):
@@ -219,13 +216,8 @@ def test_only_what_is_needed_gets_a_gradient(rnm, monkeypatch):
     assert close(x.grad, dx) and all(close(p.grad, grad) for p, grad in zip(params, grads, strict=True))
 
 
-def test_copies_of_an_index_and_another_default_type(rnm):
+def test_another_default_type(rnm):
     chain, params = simple_chain(rnm)
-    x = torch.randn(70, 10)
-    wanted = rnm.chain_forward(chain, x, params, False)[0]
-    for twin in (copy.deepcopy(chain), pickle.loads(pickle.dumps(chain))):
-        assert twin[0][0].address != chain[0][0].address
-        assert torch.equal(rnm.chain_forward(twin, x, params, False)[0], wanted)
     torch.set_default_dtype(torch.float64)
     try:
         check(rnm, chain, params, torch.randn(70, 10, dtype=torch.float32))
@@ -245,49 +237,8 @@ def test_python_threads_at_once(rnm):
             assert all(map(torch.equal, grads, work(0)))
 
 
-LOAD = "import rnm_td3_continuous as r; print(r.load_kernels().nm_lanes(), r.load_kernels()._name)"
-
-
-def start(tmp_path, code=LOAD, **environ):
-    environ = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")} | environ
-    return subprocess.Popen([sys.executable, "-c", code], env=environ, text=True, stdout=-1, stderr=-1)
-
-
-@pytest.mark.slow
-def test_compile_cache_under_attack(tmp_path):
-    folder = tmp_path / "cache" / "nm-sparse-rl"
-    waiting = tmp_path / "slow-cc"  # a compiler that can be killed at work
-    waiting.write_text('#!/bin/sh\ncase "$*" in *-dM*) exec cc "$@";; esac\ntouch "$0.started"\nsleep 60\n')
-    waiting.chmod(0o755)
-    killed = start(tmp_path, CC=str(waiting))
-    for _ in range(3000):
-        if (tmp_path / "slow-cc.started").exists():
-            break
-        time.sleep(0.01)
-    killed.send_signal(signal.SIGKILL)
-    assert killed.wait() == -signal.SIGKILL and not list(folder.glob("*.so"))
-
-    crowd = [start(tmp_path) for _ in range(4)]  # an empty cache, all at once
-    outputs = [process.communicate() for process in crowd]
-    assert all(process.returncode == 0 for process in crowd), outputs
-    assert len(list(folder.iterdir())) == 1 and all(out.split()[0] in ("16", "32", "64") for out, _ in outputs)
-
-    library = next(folder.iterdir())
-    stamp = library.stat().st_mtime_ns
-    again = start(tmp_path).communicate()[0]
-    assert str(library) in again and library.stat().st_mtime_ns == stamp  # taken, not compiled
-
-    library.write_bytes(library.read_bytes()[:100])  # not whole: compiled anew
-    assert start(tmp_path).communicate()[0].split()[0] in ("16", "32", "64") and library.stat().st_size > 1000
-
-    (tmp_path / "file").write_text("")  # where no folder can be made
-    unwritable = start(tmp_path, XDG_CACHE_HOME=str(tmp_path / "file"))
-    assert unwritable.communicate()[0].split()[0] in ("16", "32", "64") and unwritable.returncode == 0
-
-
-def test_without_a_compiler(rnm, cli, monkeypatch, tmp_path):
+def test_without_a_compiler(rnm, cli, monkeypatch):
     rnm.load_kernels.cache_clear()
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     for broken in ("/nowhere/cc", "false -m64"):
         monkeypatch.setenv("CC", broken)
         with pytest.raises(OSError) as error:

@@ -121,7 +121,7 @@ def make_agent(script, **changes):
     torch.manual_seed(0)
     networks = script.make_networks(args, env)
     if hasattr(script, "sparsify"):
-        networks = {name: script.sparsify(net, args) for name, net in networks.items()}
+        networks = script.sparsify(networks, args)
     agent = script.Agent(networks, args.learning_rate)
     rb = script.ReplayBuffer(1000, script.transition_columns(env), "cpu")
     rng = script.make_generators(0, "cpu")
@@ -206,11 +206,8 @@ def test_refreshes_by_hand(rnm):
 @pytest.mark.parametrize("optimizer", [torch.optim.Adam, torch.optim.AdamW])
 def test_moments_travel_with_their_weights(rnm, optimizer):
     args, _, agent, rb, rng = make_agent(rnm, n=1, m=4)
-    if optimizer is not torch.optim.Adam:  # as a fork would: the list of networks holds the optimizer, too
+    if optimizer is not torch.optim.Adam:  # as a fork would
         agent.q_optimizer = optimizer([*agent.qf1.parameters(), *agent.qf2.parameters()], lr=3e-4, weight_decay=0.01)
-        agent.networks = [
-            net._replace(optimizer=agent.q_optimizer) if net.name != "actor" else net for net in agent.networks
-        ]
     rnm.refresh_masks(agent)  # before Adam's first step: no state, no failure
     assert not agent.q_optimizer.state
     for update in range(1, 201):
@@ -239,9 +236,6 @@ def test_moments_travel_with_their_weights(rnm, optimizer):
 def test_an_optimizer_with_unknown_moments_is_refused_by_name(rnm):
     args, _, agent, rb, rng = make_agent(rnm, n=1, m=4)
     agent.q_optimizer = torch.optim.SGD([*agent.qf1.parameters(), *agent.qf2.parameters()], lr=1e-2, momentum=0.9)
-    agent.networks = [
-        net._replace(optimizer=agent.q_optimizer) if net.name != "actor" else net for net in agent.networks
-    ]
     for update in range(1, 51):
         rnm.update_agent(agent, rb, args, rng, update)
     with pytest.raises(AttributeError, match="momentum_buffer"):
@@ -344,7 +338,7 @@ def test_twenty_updates_are_those_of_the_first_version(script):
         for key, param in parameters.items():
             param.data.copy_(torch.from_numpy(data[f"before.{name}.{key}"]))
     if hasattr(script, "sparsify"):
-        networks = {name: script.sparsify(net, args) for name, net in networks.items()}
+        networks = script.sparsify(networks, args)
     agent = script.Agent(networks, args.learning_rate)
     rb, random = script.ReplayBuffer(400, script.transition_columns(env), "cpu"), np.random.default_rng(0)
     for _ in range(400):

@@ -266,3 +266,25 @@ def test_an_empty_folder_name_is_no_fresh_start(dense, cli, tmp_path):
     for flag in ("--resume", "--evaluate"):
         code, _, err = cli(dense, flag, "", "--no-track", "--total-timesteps", 1)
         assert code == 2 and err.count("\n") == 1 and not (tmp_path / "runs").exists()
+
+
+def test_a_stop_outlives_who_reads_its_message(rnm, small, monkeypatch):
+    """As with `2>&1 | tee log`, where Ctrl-C ends tee first."""
+
+    def broken(*_):
+        raise BrokenPipeError
+
+    stop_at(monkeypatch, rnm, 210)
+    monkeypatch.setattr(rnm.os, "write", broken)
+    part = rnm.train(small(rnm))
+    assert part["exit_reason"] == "sigterm" and checkpoint_step(part["run_dir"]) >= 210
+
+
+def test_an_evaluation_leaves_modes_as_they_were(dense, small):
+    args = small(dense)
+    actor = dense.make_networks(args, dense.make_env(args.env_id))["actor"]
+    actor.net.fc1.eval()
+    before = [module.training for module in actor.modules()]
+    with dense.evaluating(actor):
+        assert not any(module.training for module in actor.modules())
+    assert [module.training for module in actor.modules()] == before and not all(before) and any(before)
