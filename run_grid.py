@@ -31,7 +31,6 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from types import ModuleType
-from typing import NoReturn
 
 import tyro
 from tqdm import tqdm
@@ -97,7 +96,7 @@ class Run:
         return f"{self.env_id} {self.label} s{self.seed}"
 
 
-def fail(message: str) -> NoReturn:
+def fail(message: str) -> None:
     print(f"error: {message}", file=sys.stderr)
     sys.exit(2)
 
