@@ -21,7 +21,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import signal
 import statistics
 import subprocess
@@ -283,7 +282,7 @@ class Pool:
 
     def say(self, message: str) -> None:
         with contextlib.suppress(OSError):
-            tqdm.write(message, file=sys.stdout)
+            tqdm.write(message)
             sys.stdout.flush()
 
     def run(self) -> None:
@@ -372,8 +371,6 @@ def submit(grid: list[Run], args: Args) -> int:
     options += ["--open-mode=append", f"--partition={args.slurm_partition}", f"--job-name={args.name or 'grid'}"]
     options += [f"--output={args.runs_dir}/grid/slurm-%A_%a.log", f"--cpus-per-task={max(run.threads for run in grid)}"]
     script = f"#!/bin/sh\nexec {shlex.join(words)} --task $SLURM_ARRAY_TASK_ID\n"
-    if shutil.which("sbatch") is None:
-        fail("--slurm-partition: there is no sbatch here")
     result = subprocess.run(["sbatch", *options], input=script, capture_output=True, text=True)
     if result.returncode:
         fail(f"sbatch: {result.stderr.strip()}")
@@ -385,17 +382,18 @@ def submit(grid: list[Run], args: Args) -> int:
 # --- The end ------------------------------------------------------------------------------------------------------
 
 
-def report(grid: list[Run], args: Args) -> None:
+def report(grid: list[Run], metas: list[dict]) -> None:
     """A row for each configuration and environment, the failures, and how to draw the rest."""
-    metas, rows = dict(read_runs(args.runs_dir)), []
-    for label, env_id in dict.fromkeys((run.label, run.env_id) for run in grid):
-        runs = [run for run in grid if (run.label, run.env_id) == (label, env_id)]
-        ended = [metas[run.folder] for run in runs if run.state == "finished"]
-        scores = [meta["final_score"] for meta in ended]
+    rows, ended = [], {}
+    for run, meta in zip(grid, metas, strict=True):
+        ended.setdefault((run.label, run.env_id), []).append(meta if run.state == "finished" else None)
+    for (label, env_id), all_metas in ended.items():
+        own = list(filter(None, all_metas))
+        scores = [meta["final_score"] for meta in own]
         spread = f" ± {statistics.stdev(scores):,.1f}" if len(scores) > 1 else ""
         score = f"{statistics.fmean(scores):,.1f}{spread}" if scores else ""
-        minutes = f"{statistics.fmean(meta['wall_time_s'] for meta in ended) / 60:,.1f}" if ended else ""
-        rows.append([label, env_id, f"{len(ended)} of {len(runs)}", score, minutes])
+        minutes = f"{statistics.fmean(meta['wall_time_s'] for meta in own) / 60:,.1f}" if own else ""
+        rows.append([label, env_id, f"{len(own)} of {len(all_metas)}", score, minutes])
     rows.insert(0, ["configuration", "environment", "finished", "final score (± std)", "minutes"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
@@ -404,7 +402,7 @@ def report(grid: list[Run], args: Args) -> None:
         if run.failure:
             again = [*run.argv[:2], "--resume", str(run.folder)] if run.folder else run.argv
             print(f"failed: {run}: {run.failure}\n  log: {run.log}\n  again: {shlex.join(again)}")
-    print(f"figures: python sad_analysis.py {shlex.quote(args.runs_dir)}")
+    print(f"figures: python sad_analysis.py {shlex.quote(str(grid[0].log.parents[1]))}")
 
 
 def main() -> int:
@@ -429,16 +427,15 @@ def main() -> int:
             print(f"{'runs elsewhere' if alive else states[run.state]:<14}  {run}, {steps_done(run)} steps done")
         return 0
     grid = grid if args.task is None else [grid[args.task]]
-    try:
-        Path(args.runs_dir, "grid").mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"--runs-dir: {first_line(error)}")
+    Path(args.runs_dir, "grid").mkdir(parents=True, exist_ok=True)
     if args.slurm_partition and args.task is None and any(run.state != "finished" for run in grid):
         return submit(grid, args)
     pool = Pool(grid, args)
     pool.run()
+    found = read_runs(args.runs_dir)
+    metas = [look(run, found) for run in grid]  # others may have finished some
     if args.task is None:
-        report(grid, args)
+        report(grid, metas)
     if all(run.state == "finished" for run in grid):
         return 0
     if pool.stop_signal == signal.SIGUSR1:  # a SLURM task near its time limit, whose run has saved itself
@@ -447,4 +444,7 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except OSError as error:  # a folder that can't be written, no sbatch
+        fail(first_line(error))

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -11,6 +12,7 @@ import sys
 import time
 
 import pytest
+import yaml
 from conftest import ROOT, assert_same_run, flags
 
 SCRIPT = """
@@ -288,7 +290,7 @@ def test_bad_flags_of_the_grid(grid, tmp_path):
         (("A-v0", "No-v0"), (), "there is no No-v0"),
         (("A-v0",), ("--workers", 0), "--workers must be at least 1"),
         (("A-v0",), ("--task", 2), "--task must be from 0 to 1"),
-        (("A-v0",), ("--runs-dir", "toy.py"), "--runs-dir: "),
+        (("A-v0",), ("--runs-dir", "toy.py"), "Not a directory: 'toy.py/grid'"),
     ]:
         code, _, err = grid("toy.py", env_ids=env_ids, more=more)
         assert code == 2 and message in err
@@ -340,3 +342,16 @@ def test_the_real_scripts(grid, tmp_path):
     for name in ("rnm", "dense"):
         ((one,), (other,)) = (list(tmp_path.glob(f"{folder}/*{name}*/")) for folder in ("runs", "whole"))
         assert_same_run(one, other)
+
+
+def test_the_readme_s_grid_and_sweep(rnm, tmp_path):
+    text = (ROOT / "README.md").read_text()
+    command = re.search(r"```bash\npython (run_grid.py .*?)```", text, re.DOTALL)[1]
+    argv = [sys.executable, *shlex.split(command.replace("\\\n", " ")), "--runs-dir", str(tmp_path), "--dry-run"]
+    result = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0 and result.stdout.count("starts  ") == 30, result.stderr
+    sweep = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
+    assert (ROOT / sweep["program"]).is_file()
+    choices = {name: choice.get("values") or [choice["value"]] for name, choice in sweep["parameters"].items()}
+    args = rnm.parse_args([f"--{name}={values[-1]}" for name, values in choices.items()])  # as `wandb agent` types it
+    assert (args.env_id, args.n, args.m, args.mask_update_interval) == ("Ant-v4", 1, 8, 10_000)
