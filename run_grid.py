@@ -4,11 +4,11 @@
     --commands "dense_td3_continuous.py" "rnm_td3_continuous.py --n 2 --m 4" "rnm_td3_continuous.py --n 1 --m 8"
 
 The same command again skips what is finished, resumes what stopped and starts what is missing, whatever happened in
-between. A run is known by its script and its arguments in meta.json, not by its folder's name; tracking, W&B's names,
---checkpoint-interval, --capture-video, --keep-replay and --threads do not make another run. Runs of other code stop
-the grid before it starts anything, unless --accept-code. Two grids in one folder share the work.
+between. A run is known by its script and its arguments in meta.json; tracking, W&B's names, --checkpoint-interval,
+--capture-video, --keep-replay and --threads do not make another run. Runs of other code stop the grid before it starts
+anything, unless --accept-code. Each run has a log in RUNS_DIR/grid, which is locked as long as the run lives: two grids
+share the work, and a killed grid's runs live on and are waited for.
 
-Each run has a log in RUNS_DIR/grid; that file is locked as long as the run lives, so nothing is run twice.
 Exit codes: 0 all finished, 1 some failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM.
 """
 
@@ -26,6 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -70,16 +71,17 @@ class Args:
 
 @dataclass
 class Run:
-    """One run of the grid. What is known of it on disk is looked up when it is needed, with `look`."""
+    """One run of the grid: what it is, and what has become of it."""
 
     label: str  # of its configuration
     env_id: str
     seed: int
+    script: str  # its path
+    code: str  # hash of its code
     argv: list[str]  # starts it
     resume_argv: list[str]  # behind --resume FOLDER
-    script: str
-    code: str  # hash of the script's code
     identity: dict  # the arguments that make it this run
+    defaults: dict  # of the script, for runs that were made before it had all of its arguments
     total: int  # environment steps
     threads: int
     log: Path
@@ -88,6 +90,7 @@ class Run:
     tries: int = 0
     failure: str | None = None  # why it was given up
     process: subprocess.Popen | None = None
+    stopped: bool = False  # it was told to
     bar: tqdm | None = None
     log_start: int = 0  # where this try begins in the log
 
@@ -104,73 +107,74 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-# --- What the grid consists of ------------------------------------------------------------------------------------
-
-
 @cache
 def load_script(path: str) -> ModuleType:
     """The training script as a module: its own parser, checks and hash say what a command means."""
+    sys.path.insert(0, str(Path(path).resolve().parent))  # as for `python script.py`
     spec = importlib.util.spec_from_file_location(f"script_{hashlib.sha256(path.encode()).hexdigest()[:8]}", path)
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    module.make_env, module.code_hash = cache(module.make_env), cache(module.code_hash)
     return module
 
 
-def hash_code(script: str) -> str:
-    return load_script(script).code_hash(Path(script).read_text())
+def hash_code(path: str) -> str:
+    return load_script(path).code_hash(Path(path).read_text())
+
+
+@cache
+def parse(command: str) -> tuple[str, list[str], dict, dict]:
+    """Script, flags, its arguments by these flags and by none."""
+    script, *flags = shlex.split(command) or [""]
+    own = {"--env-id", "--seed", "--runs-dir", "--resume", "--evaluate"}
+    if taken := own & {word.split("=")[0].replace("_", "-") for word in flags}:
+        raise ValueError(f"the grid itself sets {min(taken)}")
+    if not Path(script).is_file():
+        raise ValueError(f"there is no script {script}")
+    args, defaults = (json.loads(json.dumps(vars(load_script(script).parse_args(x)))) for x in (flags, []))
+    return script, flags, args, defaults
 
 
 def shorten(commands: tuple[str, ...]) -> dict[str, str]:
     """A label for each command: its script, and the flags that not all have."""
-    words = {command: re.split(r"\s+(?=--)", command.strip()) for command in commands}
-    common = set.intersection(*map(set, words.values())) if len(words) > 1 else set()
-    stems = {command: Path(own[0]).stem.removesuffix("_continuous") for command, own in words.items()}
-    return {
-        command: " ".join([stems[command], *(w for w in words[command][1:] if w not in common)]) for command in words
-    }
+    words = [re.split(r"\s+(?=--)", command.strip()) for command in commands]
+    common = set.intersection(*(set(own[1:]) for own in words)) if len(words) > 1 else set()
+    for own in words:
+        own[0] = Path(own[0]).stem.removesuffix("_continuous")
+    return {command: " ".join(w for w in own if w not in common) for command, own in zip(commands, words, strict=True)}
 
 
 def make_run(command: str, label: str, env_id: str, seed: int, runs_dir: str) -> Run:
     """Check a command as its script would; errors end the program before anything starts."""
-    script, *flags = shlex.split(command) or [""]
-    own = {"--env-id", "--seed", "--runs-dir", "--resume", "--evaluate"}
-    if taken := own & {word.split("=")[0].replace("_", "-") for word in flags}:
-        fail(f"{command}: the grid itself sets {min(taken)}")
-    if not Path(script).is_file():
-        fail(f"there is no script {script}")
-    argv = [*flags, "--env-id", env_id, "--seed", str(seed), "--runs-dir", runs_dir]
     try:
-        module = load_script(script)
-        args = vars(module.parse_args(argv))
-        module.make_env(env_id).close()
+        script, flags, args, defaults = parse(command)
+        code = hash_code(script)
+        load_script(script).make_env(env_id).close()
     except SystemExit:
         fail(f"{command}: this script does not take these flags")
     except Exception as error:
         fail(f"{command}: {first_line(error)}")
-    identity = json.loads(json.dumps({key: value for key, value in args.items() if key not in FREE}))
+    identity = {key: x for key, x in args.items() if key not in FREE} | {"env_id": env_id, "seed": seed}
     digest = hashlib.sha256(json.dumps([Path(script).name, identity], sort_keys=True).encode()).hexdigest()[:8]
-    resume_argv = []
+    argv = [sys.executable, script, *flags, "--env-id", env_id, "--seed", str(seed), "--runs-dir", runs_dir]
+    again = []
     for key, value in ((key.replace("_", "-"), args.get(key)) for key in RESUMED):
         if value is not None:
-            resume_argv += [f"--{'' if value else 'no-'}{key}"] if isinstance(value, bool) else [f"--{key}", str(value)]
-    argv, name = [sys.executable, script, *argv], f"{env_id.replace('/', '-')}__{Path(script).stem}__s{seed}__{digest}"
-    code, sizes = hash_code(script), {"total": args["total_timesteps"], "threads": args.get("threads", 1)}
-    log, script = Path(runs_dir, "grid", f"{name}.log"), Path(script).name
-    return Run(label, env_id, seed, argv, resume_argv, script, code, identity, **sizes, log=log)
+            again += [f"--{'' if value else 'no-'}{key}"] if isinstance(value, bool) else [f"--{key}", str(value)]
+    log = Path(runs_dir, "grid", f"{env_id.replace('/', '-')}__{Path(script).stem}__s{seed}__{digest}.log")
+    sizes = args["total_timesteps"], args.get("threads", 1)
+    return Run(label, env_id, seed, script, code, argv, again, identity, defaults, *sizes, log)
 
 
 def make_grid(args: Args) -> list[Run]:
-    if not (args.commands and args.env_ids and args.seeds):
-        fail("--commands, --env-ids and --seeds must each name one at least")
+    if not (args.commands and args.env_ids and args.seeds) or min(args.seeds) < 0:
+        fail("--commands, --env-ids and --seeds must each name one at least, seeds are at least 0")
     every, labels = itertools.product(args.seeds, args.env_ids, args.commands), shorten(args.commands)
     grid = [make_run(command, labels[command], env_id, seed, args.runs_dir) for seed, env_id, command in every]
     for run, other in itertools.combinations(grid, 2):
         if run.log == other.log:
-            fail(f"the same run twice: {run} and {other}")
+            fail(f"the same run twice, by script, environment, seed and arguments: {run} and {other}")
     return grid
-
-
-# --- What is on disk ----------------------------------------------------------------------------------------------
 
 
 def read_runs(runs_dir: str) -> list[tuple[Path, dict]]:
@@ -187,12 +191,12 @@ def look(run: Run, found: list[tuple[Path, dict]]) -> dict:
     """Set the run's state and folder by its traces on disk; returns its meta. Own code, finished, newest come first."""
     same = []
     for folder, meta in found:
-        saved, checkpoint = meta["args"], folder / "checkpoint.pt"
-        equal = all(saved[key] == value for key, value in run.identity.items() if key in saved)
-        finished = meta.get("exit_reason") == "finished"
-        if equal and meta.get("script") == run.script and (finished or checkpoint.exists()):
-            age = 0.0 if finished else checkpoint.stat().st_mtime
-            same.append((meta.get("code") == run.code, finished, age, folder, meta))
+        saved, checkpoint, age = run.defaults | meta["args"], folder / "checkpoint.pt", 0.0
+        if meta.get("script") == Path(run.script).name and run.identity.items() <= saved.items():
+            with contextlib.suppress(FileNotFoundError):
+                age = checkpoint.stat().st_mtime
+            if (finished := meta.get("exit_reason") == "finished") or age:
+                same.append((meta.get("code") == run.code, finished, age, folder, meta))
     nothing = False, False, 0.0, None, {}
     _, finished, _, run.folder, meta = max(same, key=lambda entry: entry[:3], default=nothing)
     run.state = "finished" if finished else "stopped" if run.folder else "missing"
@@ -204,37 +208,29 @@ def lives(path: Path) -> bool:
     try:
         with open(path, "r+") as file:
             fcntl.flock(file, LOCK)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
+    except OSError as error:
+        return isinstance(error, BlockingIOError)
     return False
 
 
 def steps_done(run: Run) -> int:
     """Environment steps by the last whole row of metrics.csv."""
     if run.folder is None and run.process:
-        with open(run.log, errors="replace") as file:
-            file.seek(run.log_start)
-            started = re.search(r"^(.+): started$", file.read(), re.MULTILINE)
+        started = re.search(r"^(.+): started$", read_log(run), re.MULTILINE)
         run.folder = Path(started[1]) if started else None
     if run.state == "finished":
         return run.total
-    path = Path(run.folder or os.devnull, "metrics.csv")
-    with contextlib.suppress(OSError, ValueError, IndexError), open(path, "rb") as file:
+    with contextlib.suppress(Exception), open(run.folder / "metrics.csv", "rb") as file:  # there may be none yet
         file.seek(-min(4096, os.fstat(file.fileno()).st_size), os.SEEK_END)
         return int(file.read().split(b"\n")[-2].split(b",")[0])
     return 0
 
 
-def last_line(run: Run) -> str:
-    with open(run.log, errors="replace") as file:
+def read_log(run: Run) -> str:
+    with contextlib.suppress(OSError), open(run.log, errors="replace") as file:
         file.seek(run.log_start)
-        lines = [line.strip() for line in re.split(r"[\r\n]", file.read()) if line.strip()]
-    return lines[-1] if lines else "it printed nothing"
-
-
-# --- Running ------------------------------------------------------------------------------------------------------
+        return file.read()
+    return ""
 
 
 def start(run: Run, name: str | None, cores: list[int]) -> bool:
@@ -249,6 +245,8 @@ def start(run: Run, name: str | None, cores: list[int]) -> bool:
             return True
         if run.folder and lives(run.folder / "metrics.csv"):
             return False
+        if hash_code(run.script) != run.code:
+            raise ValueError("the script was edited while the grid ran")
         command = [*run.argv[:2], "--resume", str(run.folder), *run.resume_argv] if run.folder else run.argv
         tags = {"WANDB_TAGS": ",".join(filter(None, (os.environ.get("WANDB_TAGS"), name)))}
         run.log_start, run.tries, env = log.tell(), run.tries + 1, os.environ | tags | {"OMP_NUM_THREADS": "1"}
@@ -267,18 +265,20 @@ class Pool:
     def __init__(self, grid: list[Run], args: Args):
         self.grid, self.args, self.stop_signal = grid, args, None
         self.waiting, self.slots = [run for run in grid if run.state != "finished"], [None] * args.workers
-        self.terminal, self.bar, self.again = sys.stderr.isatty() and args.task is None, None, 0.0
+        self.terminal, self.bar, self.again, self.told = sys.stderr.isatty() and args.task is None, None, 0.0, ""
 
     def stop(self, number: int, _frame) -> None:
-        """First signal: every run stops at its episode's end, with a checkpoint. Second one: now."""
-        for run in filter(None, self.slots):
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(run.process.pid, signal.SIGTERM)
+        """First signal: the loop tells every run to stop at its episode's end, with a checkpoint. Second one: now."""
         if self.stop_signal:
+            self.kill(filter(None, self.slots), signal.SIGKILL)
             os._exit(STOP_CODES[number])
         self.stop_signal = number
-        with contextlib.suppress(OSError):
-            os.write(2, b"\nstopping all runs at the end of their episodes; once more to leave at once\n")
+
+    def kill(self, runs: Iterable[Run], number: int) -> None:
+        for run in runs:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(run.process.pid, number)
+            run.stopped = True
 
     def say(self, message: str) -> None:
         with contextlib.suppress(OSError):
@@ -293,10 +293,13 @@ class Pool:
             self.bar = tqdm(total=total, initial=done, unit="step", desc="grid", dynamic_ncols=True, smoothing=0.02)
         while any(self.slots) or (self.waiting and not self.stop_signal):
             for slot, run in enumerate(self.slots):
-                if run is None and not self.stop_signal:
+                if run is None:
                     self.fill(slot)
-                elif run and run.process.poll() is not None:
+                elif run.process.poll() is not None:
                     self.settle(slot)
+            if self.stop_signal and (untold := [run for run in self.slots if run and not run.stopped]):
+                self.say("stopping all runs at the end of their episodes; once more to leave at once")
+                self.kill(untold, signal.SIGTERM)
             if self.terminal:
                 self.draw()
             elif self.args.task is not None and self.waiting and not any(self.slots):
@@ -307,49 +310,53 @@ class Pool:
 
     def fill(self, slot: int) -> None:
         """Start the first waiting run that nobody else runs."""
-        if time.monotonic() < self.again:
-            return
         own = [CORES[slot]] if len(self.slots) == len(CORES) else []  # with fewer workers, others want cores, too
         for run in list(self.waiting):
-            if hash_code(run.argv[1]) != run.code:
-                run.failure = "the script was edited while the grid ran"
-                self.waiting.remove(run)
-                continue
-            if not start(run, self.args.name, own if run.threads == 1 else []):
-                continue
+            if self.stop_signal or time.monotonic() < self.again:
+                return
+            try:
+                if not start(run, self.args.name, own if run.threads == 1 else []):
+                    continue
+            except (OSError, SyntaxError, ValueError) as error:
+                self.give_up(run, first_line(error))
             self.waiting.remove(run)
-            if run.process is None:  # finished elsewhere in the meantime
+            if run.process is None:  # finished elsewhere in the meantime, or given up
                 continue
             self.slots[slot] = run
             if self.terminal:
-                options = {"desc": str(run)[:48], "position": slot + 1, "leave": False, "dynamic_ncols": True}
+                options = {"desc": str(run)[:40], "position": slot + 1, "leave": False, "dynamic_ncols": True}
                 run.bar = tqdm(total=run.total, initial=steps_done(run), unit="step", **options)
             else:
                 self.say(f"{'resumed' if run.folder else 'started'}: {run}")
             return
-        if self.waiting and not any(self.slots) and not self.again:
-            self.say(f"waiting for {len(self.waiting)} runs that live elsewhere")
-        self.again = time.monotonic() + 2  # all that wait live elsewhere
+        names = ", ".join(map(str, self.waiting))
+        if names not in ("", self.told) and not any(self.slots):
+            self.told = names
+            self.say(f"waiting for what lives elsewhere: {names}")
+        self.again = time.monotonic() + 2
+
+    def give_up(self, run: Run, why: str) -> None:
+        run.failure = why
+        self.say(f"failed: {run}: {why}")
 
     def settle(self, slot: int) -> None:
         """A run has ended: finished, stopped with the grid, to be tried again, or failed."""
         run, self.slots[slot] = self.slots[slot], None
-        code = run.process.returncode
+        code, run.process = run.process.returncode, None
         if run.bar is not None:
             run.bar.close()
-        meta = look(run, read_runs(self.args.runs_dir))
-        run.process = None
+        meta, lines = look(run, read_runs(self.args.runs_dir)), re.split(r"[\r\n]+", read_log(run).strip())
+        why = f"{f'signal {-code}' if code < 0 else f'exit code {code}'}: {lines[-1].strip()}"
         if run.state == "finished":
             if not self.terminal:
-                self.say(f"finished: {run}, final score {meta['final_score']:.1f}")
-        elif self.stop_signal and code in (130, 143, -signal.SIGTERM):
+                self.say(f"finished: {run}, final score {meta.get('final_score')!s:.8}")
+        elif run.stopped and code in (130, 143, -signal.SIGTERM):
             self.say(f"stopped: {run}")
         elif run.tries < 2 and code != 2 and meta.get("exit_reason") != "nan" and not self.stop_signal:
-            self.say(f"failed with exit code {code}, tried again: {run}: {last_line(run)}")
+            self.say(f"failed, tried again: {run}: {why}")
             self.waiting.insert(0, run)
         else:
-            run.failure = f"exit code {code}: {last_line(run)}"
-            self.say(f"failed: {run}: {run.failure}")
+            self.give_up(run, why)
 
     def draw(self) -> None:
         for run in filter(None, self.slots):
@@ -358,9 +365,6 @@ class Pool:
         self.bar.n = sum(map(steps_done, self.grid))
         ended = sum(run.state == "finished" for run in self.grid)
         self.bar.set_postfix_str(f"{ended} of {len(self.grid)} runs")
-
-
-# --- SLURM --------------------------------------------------------------------------------------------------------
 
 
 def submit(grid: list[Run], args: Args) -> int:
@@ -374,27 +378,24 @@ def submit(grid: list[Run], args: Args) -> int:
     result = subprocess.run(["sbatch", *options], input=script, capture_output=True, text=True)
     if result.returncode:
         fail(f"sbatch: {result.stderr.strip()}")
-    print(f"job {result.stdout.strip()}: {tasks.count(',') + 1} runs; see `squeue --me` and {args.runs_dir}/grid")
-    print("when the queue is empty, the same command reports, or goes on with what is not finished")
+    print(
+        f"job {result.stdout.strip()}: {tasks.count(',') + 1} runs; see `squeue --me`, logs are in {args.runs_dir}/grid"
+    )
     return 0
-
-
-# --- The end ------------------------------------------------------------------------------------------------------
 
 
 def report(grid: list[Run], metas: list[dict]) -> None:
     """A row for each configuration and environment, the failures, and how to draw the rest."""
-    rows, ended = [], {}
+    rows, ended = [["configuration", "environment", "finished", "score ± std", "minutes"]], {}
     for run, meta in zip(grid, metas, strict=True):
         ended.setdefault((run.label, run.env_id), []).append(meta if run.state == "finished" else None)
     for (label, env_id), all_metas in ended.items():
         own = list(filter(None, all_metas))
-        scores = [meta["final_score"] for meta in own]
+        scores, seconds = ([m[key] for m in own if m.get(key) is not None] for key in ("final_score", "wall_time_s"))
         spread = f" ± {statistics.stdev(scores):,.1f}" if len(scores) > 1 else ""
         score = f"{statistics.fmean(scores):,.1f}{spread}" if scores else ""
-        minutes = f"{statistics.fmean(meta['wall_time_s'] for meta in own) / 60:,.1f}" if own else ""
+        minutes = f"{statistics.fmean(seconds) / 60:,.1f}" if seconds else ""
         rows.append([label, env_id, f"{len(own)} of {len(all_metas)}", score, minutes])
-    rows.insert(0, ["configuration", "environment", "finished", "final score (± std)", "minutes"])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     for row in rows:
         print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
@@ -416,10 +417,7 @@ def main() -> int:
     metas = [look(run, found) for run in grid]
     other = [run for run, meta in zip(grid, metas, strict=True) if meta and meta.get("code") != run.code]
     if other and not args.accept_code:
-        fail(
-            f"{len(other)} runs are of other code than the script has now, first {other[0].folder}: take another "
-            "--runs-dir or the old script, or count them as they are with --accept-code"
-        )
+        fail(f"{len(other)} runs are of other code, as {other[0].folder}: use another --runs-dir, or --accept-code")
     if args.dry_run:
         for run in grid:
             states = {"missing": "starts", "stopped": "goes on", "finished": "is finished"}
@@ -438,7 +436,7 @@ def main() -> int:
         report(grid, metas)
     if all(run.state == "finished" for run in grid):
         return 0
-    if pool.stop_signal == signal.SIGUSR1:  # a SLURM task near its time limit, whose run has saved itself
+    if pool.stop_signal == signal.SIGUSR1 and args.task is not None:  # SLURM's time limit; the run has saved itself
         subprocess.run(["scontrol", "requeue", "{SLURM_ARRAY_JOB_ID}_{SLURM_ARRAY_TASK_ID}".format(**os.environ)])
     return STOP_CODES[pool.stop_signal] if pool.stop_signal else 1
 
@@ -448,3 +446,5 @@ if __name__ == "__main__":
         sys.exit(main())
     except OSError as error:  # a folder that can't be written, no sbatch
         fail(first_line(error))
+    except KeyboardInterrupt:  # before anything ran
+        sys.exit(130)
