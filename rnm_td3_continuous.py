@@ -1060,10 +1060,11 @@ def own_values(thing) -> dict:
 
 
 def set_values(thing, values: dict) -> None:
-    """Put them back; tensors in place, since an optimizer may hold them."""
+    """Put them back; a tensor in place if it fits, since an optimizer may hold it."""
     for name, value in values.items():
-        if isinstance(old := getattr(thing, name, None), torch.Tensor):
-            old.data.copy_(value)
+        pair = [getattr(thing, name, None), value]
+        if all(isinstance(x, torch.Tensor) for x in pair) and len({(x.shape, x.dtype) for x in pair}) == 1:
+            pair[0].data.copy_(value)
         else:
             setattr(thing, name, value)
 

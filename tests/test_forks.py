@@ -427,6 +427,18 @@ def test_what_agent_and_state_hold_survives_a_resume(forks, tmp_path, monkeypatc
     assert last[-1] == whole and whole[0] == 500 and whole[1][-1] > 0.5
 
 
+def test_values_come_back_as_they_were(forks):
+    """In place where the tensor fits; one that has grown, another type or kind is taken as it is, never broadcast."""
+    module = forks("unedited")
+    state, kept = module.State(), torch.zeros(2)
+    state.same, state.grown, state.exact, state.number = kept, torch.zeros(3), torch.zeros(2), torch.zeros(2)
+    exact = torch.tensor([1 / 3, 0.1], dtype=torch.float64)
+    values = {"same": torch.ones(2), "grown": torch.ones(1), "exact": exact, "number": 7}
+    module.set_values(state, values)
+    assert state.same is kept and torch.equal(kept, torch.ones(2))
+    assert state.grown.shape == (1,) and torch.equal(state.exact, exact) and state.number == 7
+
+
 def test_what_a_resume_can_not_read_is_said_at_the_start(forks, tmp_path, monkeypatch):
     module = forks("unedited")
     init = module.State.__init__
