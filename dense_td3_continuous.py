@@ -115,7 +115,7 @@ class Args:
         check_args(self)
 
 
-# --- shared: td3 ---
+# --- shared: networks ---
 class Actor(nn.Module):
     """Deterministic policy pi(s): obs [B, obs_dim] -> action [B, action_dim], inside the action bounds."""
 
@@ -174,6 +174,16 @@ def make_networks(args: Args, env: gym.Env) -> dict[str, nn.Module]:
     return {name: kind(env, args.hidden_dim).to(args.device) for name, kind in kinds.items()}
 
 
+@torch.no_grad()
+def update_targets(agent: Agent, tau: float) -> None:
+    """Polyak, all networks at once: target <- target + tau * (online - target)."""
+    torch._foreach_lerp_(agent.target_parameters, agent.online_parameters, tau)
+
+
+# --- end shared ---
+
+
+# --- shared: td3 ---
 def update_critics(agent: Agent, data, args: Args, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """One step of both critics towards the clipped double-Q target; returns what is logged of it."""
     with torch.no_grad():
@@ -217,12 +227,6 @@ def update_actor(agent: Agent, data) -> dict[str, torch.Tensor]:
     return {"losses/actor_loss": actor_loss.detach()}
 
 
-@torch.no_grad()
-def update_targets(agent: Agent, tau: float) -> None:
-    """Polyak, all networks at once: target <- target + tau * (online - target)."""
-    torch._foreach_lerp_(agent.target_parameters, agent.online_parameters, tau)
-
-
 def update_agent(agent: Agent, rb: "ReplayBuffer", args: Args, rng: dict, update: int) -> dict[str, torch.Tensor]:
     """Update number `update` (from 1) of TD3, Algorithm 1: critics; every d-th time actor, then targets."""
     data = rb.sample(args.batch_size, rng["replay"])
@@ -254,7 +258,7 @@ def train(args: Args) -> dict:
     rng = make_generators(args.seed, args.device)
     seed_globals(draw_seeds(rng["init"], 1)[0])
     agent = Agent(make_networks(args, env), args.learning_rate)
-    stats = model_stats(agent) | {"kernel": "torch"}
+    stats = model_stats(agent) | {"kernel": "torch", "pattern": "dense"}
     rb = ReplayBuffer(args.buffer_size, transition_columns(env), args.device)
     eval_seeds = draw_seeds(rng["evaluation"], args.eval_episodes)
     low, high = action_bounds(env)  # [action_dim]
@@ -616,7 +620,8 @@ def model_stats(agent: "Agent") -> dict:
         for name, part in net.online.named_modules():
             if not list(part.children()):
                 modules[net.name].append({"name": name.removeprefix("net."), "type": type(part).__name__})
-                if isinstance(weight := getattr(part, "W", getattr(part, "weight", None)), torch.Tensor):
+                weight = part.sparse_weight() if hasattr(part, "sparse_weight") else getattr(part, "weight", None)
+                if isinstance(weight, torch.Tensor):
                     modules[net.name][-1]["weight"] = list(weight.shape)
                     if weight.dim() == 2:
                         modules[net.name][-1]["active"] = own = getattr(part, "active_weights", weight).numel()
@@ -649,8 +654,9 @@ class Run:
                     print(f"warning: not bit for bit, {key} was {self.meta.get(key)}, is {facts[key]}", file=sys.stderr)
             facts = {"resumed": [*self.meta.get("resumed", []), {"global_step": state.global_step, **facts}]}
         else:
-            pattern, now = f"_{args.n}of{args.m}" if hasattr(args, "n") else "", f"{datetime.now():%Y%m%d-%H%M%S-%f}"
-            name = re.sub(r"[^\w.-]", "-", f"{args.env_id}__{args.exp_name}{pattern}__s{args.seed}__{now}")
+            method = f"{args.exp_name}_{stats['pattern']}".removesuffix("_dense")
+            name = f"{args.env_id}__{method}__s{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+            name = re.sub(r"[^\w.-]", "-", name)
             self.dir = Path(args.runs_dir, name)
             try:
                 self.dir.mkdir(parents=True)
@@ -662,7 +668,7 @@ class Run:
         self.density = {f"sparsity/density/{name}": value for name, value in stats["density"].items()}
         self.csv = open_metrics(self.dir / "metrics.csv", columns, state.csv_bytes)
         self.writer = csv.DictWriter(self.csv, columns, lineterminator="\n")
-        self.meta |= facts | {"args": vars(args) | {"resume": None}, "end": None}
+        self.meta |= facts | {"pattern": stats["pattern"], "args": vars(args) | {"resume": None}, "end": None}
         self.write_meta(exit_reason="running", final_score=None)
         self.wandb = start_wandb(args, self.meta)
         self.update_s, self.start = 0.0, clock() - np.array(state.times)
@@ -813,7 +819,7 @@ def start_wandb(args: "Args", meta: dict):
         return None
     import wandb
 
-    tags = ["dense" if meta["n"] is None else f"{meta['n']}of{meta['m']}", Path(__file__).stem]
+    tags = [meta["pattern"], Path(__file__).stem]
     tags += [tag[:64] for tag in os.environ.pop("WANDB_TAGS", "").split(",") if tag]  # wandb refuses longer ones
     options = {"project": args.wandb_project_name, "entity": args.wandb_entity, "id": meta["wandb_id"], "tags": tags}
     options |= {"name": meta["run_name"], "group": args.env_id, "resume": "allow" if args.resume else None}

@@ -4,7 +4,7 @@ Vrce, Kassler, Aydos, "RNM-TD3: N:M Semi-structured Sparse Reinforcement Learnin
 Fujimoto, van Hoof, Meger, "Addressing Function Approximation Error in Actor-Critic Methods" (TD3), arXiv 1802.09477
 
   projection P_{N:M}, which makes the mask E                     -> project
-  Figure 1, left: W and E give W~, only active weights learn     -> NMLinear
+  Figure 1, left: W and E give W~, only active weights learn     -> SparseLinear
   Figure 1, right: after K updates a new E is taken from W       -> refresh_masks
   SAD, Sparse Architecture Divergence (arXiv 2102.04010)         -> sad_metrics
   TD3, Algorithm 1: smoothed, clipped double-Q target; delays    -> update_critics, update_actor, update_agent
@@ -113,7 +113,7 @@ class Args:
     sparse_head: bool = False
     """make the output layers N:M too"""
     kernel: Literal["auto", "nm", "torch"] = "auto"
-    """how the N:M layers are computed: nm is fast, on CPUs with a C compiler; torch runs anywhere; auto picks one"""
+    """how the sparse layers are computed: nm is fast, on CPUs with a C compiler; torch runs anywhere; auto picks one"""
     device: Literal["cpu", "cuda"] = "cpu"
     """where the networks live"""
     threads: Annotated[int, 1, 1024] = 1
@@ -157,7 +157,7 @@ def project(W: torch.Tensor, n: int, m: int) -> torch.Tensor:
 # --- end shared ---
 
 
-class NMLinear(nn.Module):
+class SparseLinear(nn.Module):
     """nn.Linear made row-wise N:M: x [B, in] -> x W~^T + bias [B, out], with W~ = W * E.
 
     Only `active_weights` [kept], the weights at which E is True, row after row, and `bias` are parameters: an inactive
@@ -167,7 +167,7 @@ class NMLinear(nn.Module):
 
     def __init__(self, linear: nn.Linear, n: int, m: int):
         super().__init__()
-        self.n, self.m = n, m
+        self.n, self.m, self.shape = n, m, linear.weight.shape
         self.register_buffer("W", linear.weight.detach().clone())  # D6
         self.register_buffer("exp_avg", torch.zeros_like(self.W))
         self.register_buffer("exp_avg_sq", torch.zeros_like(self.W))
@@ -179,18 +179,18 @@ class NMLinear(nn.Module):
     def set_mask(self, E: torch.Tensor) -> None:
         """Take a new mask [out, in], whose rows may differ in length but which must keep as many weights in all."""
         positions = E.flatten().nonzero()[:, 0]
-        if E.shape != self.W.shape or len(positions) != len(self.positions):
-            raise ValueError(f"a mask [{tuple(self.W.shape)}] must keep {len(self.positions)}, not {len(positions)}")
+        if E.shape != self.shape or len(positions) != len(self.positions):
+            raise ValueError(f"a mask {list(self.shape)} must keep {len(self.positions)}, not {len(positions)}")
         self.positions.copy_(positions)
 
     @property
     def E(self) -> torch.Tensor:
         """The mask [out, in], bool."""
-        return torch.zeros_like(self.W, dtype=torch.bool).view(-1).index_fill_(0, self.positions, True).view_as(self.W)
+        return self.positions.new_zeros(self.shape, dtype=torch.bool).put_(self.positions, self.positions >= 0)
 
     def sparse_weight(self) -> torch.Tensor:
         """W~ [out, in], zero at the inactive positions; its gradient reaches the active weights alone."""
-        return self.W.new_zeros(self.W.numel()).scatter(0, self.positions, self.active_weights).view_as(self.W)
+        return self.active_weights.new_zeros(self.shape).put(self.positions, self.active_weights)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.linear(x, self.sparse_weight(), self.bias)
@@ -206,7 +206,7 @@ def sparsify(networks: dict[str, nn.Module], args: Args) -> dict[str, nn.Module]
             if not is_plain(linear, nn.Linear) or any(uses[id(param)] > 1 for param in linear.parameters()):
                 raise ValueError(f"sparsify does not know {name}: a subclass, a hook, or weights that are used twice")
             parent, _, child = name.rpartition(".")
-            setattr(net.get_submodule(parent), child, NMLinear(linear, args.n, args.m))
+            setattr(net.get_submodule(parent), child, SparseLinear(linear, args.n, args.m))
     return networks
 
 
@@ -219,7 +219,7 @@ def refresh_masks(agent: "Agent") -> None:
     """
     optimizers = [part for part in vars(agent).values() if isinstance(part, optim.Optimizer)]
     for net in agent.networks:
-        for layer, target in zip(nm_layers(net.online).values(), nm_layers(net.target).values(), strict=True):
+        for layer, target in zip(sparse_layers(net.online).values(), sparse_layers(net.target).values(), strict=True):
             if not torch.equal(layer.positions, target.positions):
                 raise ValueError(f"{net.name}: its target has another mask")
             stores = [(x.W, x.get_parameter("active_weights")) for x in (layer, target)]  # an error if it is computed
@@ -234,7 +234,7 @@ def refresh_masks(agent: "Agent") -> None:
                 packed.copy_(dense.take(layer.positions))
 
 
-# --- shared: td3 ---
+# --- shared: networks ---
 class Actor(nn.Module):
     """Deterministic policy pi(s): obs [B, obs_dim] -> action [B, action_dim], inside the action bounds."""
 
@@ -293,6 +293,16 @@ def make_networks(args: Args, env: gym.Env) -> dict[str, nn.Module]:
     return {name: kind(env, args.hidden_dim).to(args.device) for name, kind in kinds.items()}
 
 
+@torch.no_grad()
+def update_targets(agent: Agent, tau: float) -> None:
+    """Polyak, all networks at once: target <- target + tau * (online - target)."""
+    torch._foreach_lerp_(agent.target_parameters, agent.online_parameters, tau)
+
+
+# --- end shared ---
+
+
+# --- shared: td3 ---
 def update_critics(agent: Agent, data, args: Args, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """One step of both critics towards the clipped double-Q target; returns what is logged of it."""
     with torch.no_grad():
@@ -336,12 +346,6 @@ def update_actor(agent: Agent, data) -> dict[str, torch.Tensor]:
     return {"losses/actor_loss": actor_loss.detach()}
 
 
-@torch.no_grad()
-def update_targets(agent: Agent, tau: float) -> None:
-    """Polyak, all networks at once: target <- target + tau * (online - target)."""
-    torch._foreach_lerp_(agent.target_parameters, agent.online_parameters, tau)
-
-
 def update_agent(agent: Agent, rb: "ReplayBuffer", args: Args, rng: dict, update: int) -> dict[str, torch.Tensor]:
     """Update number `update` (from 1) of TD3, Algorithm 1: critics; every d-th time actor, then targets."""
     data = rb.sample(args.batch_size, rng["replay"])
@@ -373,7 +377,7 @@ def train(args: Args) -> dict:
     rng = make_generators(args.seed, args.device)
     seed_globals(draw_seeds(rng["init"], 1)[0])
     agent = Agent(sparsify(make_networks(args, env), args), args.learning_rate)
-    stats = model_stats(agent) | {"kernel": use_kernel(args, agent, env)}
+    stats = model_stats(agent) | {"kernel": use_kernel(args, agent, env), "pattern": f"{args.n}of{args.m}"}
     rb = ReplayBuffer(args.buffer_size, transition_columns(env), args.device)
     eval_seeds = draw_seeds(rng["evaluation"], args.eval_episodes)
     low, high = action_bounds(env)  # [action_dim]
@@ -468,23 +472,24 @@ def sad_metrics(first: dict, previous: dict, current: dict) -> dict[str, float]:
 # --- end shared ---
 
 
-def nm_layers(net: nn.Module) -> dict[str, NMLinear]:
-    found = [(name.removeprefix("net."), layer) for name, layer in net.named_modules() if isinstance(layer, NMLinear)]
+# --- shared: masks ---
+def sparse_layers(net: nn.Module) -> dict[str, SparseLinear]:
+    found = [(name.removeprefix("net."), x) for name, x in net.named_modules() if isinstance(x, SparseLinear)]
     if len(dict(found)) < len(found):
         raise ValueError(f"two layers of one name: {[name for name, _ in found]}")
     return dict(found)
 
 
 def get_masks(agent: "Agent") -> dict[str, torch.Tensor]:
-    """E of each N:M layer on the CPU, by '<net>.<layer>'; a target has its online network's masks."""
-    layers = {f"{net.name}.{name}": layer for net in agent.networks for name, layer in nm_layers(net.online).items()}
-    return {name: layer.E.cpu() for name, layer in layers.items()}
+    """E of each sparse layer on the CPU, by '<net>.<layer>'; a target has its online network's masks."""
+    layers = [(f"{net.name}.{name}", x) for net in agent.networks for name, x in sparse_layers(net.online).items()]
+    return {name: layer.E.cpu() for name, layer in layers}
 
 
 def plain_state(net: nn.Module) -> dict[str, torch.Tensor]:
-    """A network's state as plain layers hold it: of N:M layers weight [out, in], zero where inactive, and bias."""
+    """A network's state as plain layers hold it: of sparse layers weight [out, in], zero where inactive, and bias."""
     state = {name.removeprefix("net."): tensor for name, tensor in net.state_dict().items()}
-    for name, layer in nm_layers(net).items():
+    for name, layer in sparse_layers(net).items():
         mine = [key for key in state if key.startswith(f"{name}.") and key != f"{name}.bias"]
         state = {key: tensor for key, tensor in state.items() if key not in mine}
         state[f"{name}.weight"] = layer.sparse_weight().detach()
@@ -506,6 +511,9 @@ def write_files(run: "Run", state: State, agent: Agent, rb: "ReplayBuffer") -> N
     arrays |= {f"{name}.shape": np.array(E.shape) for name, E in get_masks(agent).items()}
     write_atomic(run.dir / "masks.npz", lambda file: np.savez_compressed(file, **arrays))
     save_model(run.dir / "model.pt", agent, rb)
+
+
+# --- end shared ---
 
 
 # --- shared: arguments ---
@@ -795,7 +803,8 @@ def model_stats(agent: "Agent") -> dict:
         for name, part in net.online.named_modules():
             if not list(part.children()):
                 modules[net.name].append({"name": name.removeprefix("net."), "type": type(part).__name__})
-                if isinstance(weight := getattr(part, "W", getattr(part, "weight", None)), torch.Tensor):
+                weight = part.sparse_weight() if hasattr(part, "sparse_weight") else getattr(part, "weight", None)
+                if isinstance(weight, torch.Tensor):
                     modules[net.name][-1]["weight"] = list(weight.shape)
                     if weight.dim() == 2:
                         modules[net.name][-1]["active"] = own = getattr(part, "active_weights", weight).numel()
@@ -828,8 +837,9 @@ class Run:
                     print(f"warning: not bit for bit, {key} was {self.meta.get(key)}, is {facts[key]}", file=sys.stderr)
             facts = {"resumed": [*self.meta.get("resumed", []), {"global_step": state.global_step, **facts}]}
         else:
-            pattern, now = f"_{args.n}of{args.m}" if hasattr(args, "n") else "", f"{datetime.now():%Y%m%d-%H%M%S-%f}"
-            name = re.sub(r"[^\w.-]", "-", f"{args.env_id}__{args.exp_name}{pattern}__s{args.seed}__{now}")
+            method = f"{args.exp_name}_{stats['pattern']}".removesuffix("_dense")
+            name = f"{args.env_id}__{method}__s{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
+            name = re.sub(r"[^\w.-]", "-", name)
             self.dir = Path(args.runs_dir, name)
             try:
                 self.dir.mkdir(parents=True)
@@ -841,7 +851,7 @@ class Run:
         self.density = {f"sparsity/density/{name}": value for name, value in stats["density"].items()}
         self.csv = open_metrics(self.dir / "metrics.csv", columns, state.csv_bytes)
         self.writer = csv.DictWriter(self.csv, columns, lineterminator="\n")
-        self.meta |= facts | {"args": vars(args) | {"resume": None}, "end": None}
+        self.meta |= facts | {"pattern": stats["pattern"], "args": vars(args) | {"resume": None}, "end": None}
         self.write_meta(exit_reason="running", final_score=None)
         self.wandb = start_wandb(args, self.meta)
         self.update_s, self.start = 0.0, clock() - np.array(state.times)
@@ -992,7 +1002,7 @@ def start_wandb(args: "Args", meta: dict):
         return None
     import wandb
 
-    tags = ["dense" if meta["n"] is None else f"{meta['n']}of{meta['m']}", Path(__file__).stem]
+    tags = [meta["pattern"], Path(__file__).stem]
     tags += [tag[:64] for tag in os.environ.pop("WANDB_TAGS", "").split(",") if tag]  # wandb refuses longer ones
     options = {"project": args.wandb_project_name, "entity": args.wandb_entity, "id": meta["wandb_id"], "tags": tags}
     options |= {"name": meta["run_name"], "group": args.env_id, "resume": "allow" if args.resume else None}
@@ -1411,11 +1421,12 @@ def load_kernels(source: str = KERNELS) -> ctypes.CDLL:
 # --- end shared ---
 
 
+# --- shared: chains ---
 INDEXES = WeakKeyDictionary()  # layer -> its positions, their version, the Index made of them; no copy inherits it
 
 
-class FusedLinear(NMLinear):
-    """NMLinear on the kernels."""
+class FusedLinear(SparseLinear):
+    """SparseLinear on the kernels."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y, taken = run_chain([self], x)
@@ -1423,7 +1434,7 @@ class FusedLinear(NMLinear):
 
 
 class FusedSequential(nn.Sequential):
-    """nn.Sequential in which each run of NMLinear and NMLinear + nn.ReLU is one call of the kernels."""
+    """nn.Sequential in which each run of SparseLinear and SparseLinear + nn.ReLU is one call of the kernels."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         modules = list(self._modules.values())
@@ -1471,20 +1482,20 @@ def is_plain(module: nn.Module, kind: type) -> bool:
     """Exactly of this type, without hooks or a forward of its own."""
     own = module.__dict__  # quicker than attributes
     hooked = own["_forward_hooks"] or own["_forward_pre_hooks"] or own["_backward_hooks"] or own["_backward_pre_hooks"]
-    return type(module) is kind and not hooked and "forward" not in own
+    return type(module) is kind and not hooked and "forward" not in own and "sparse_weight" not in own
 
 
-KNOWN = (  # what the kernels compute instead of NMLinear's forward and sparse_weight: edited, these run in torch
+KNOWN = (  # what the kernels compute instead of SparseLinear's forward and sparse_weight: edited, these run in torch
     lambda self, x: F.linear(x, self.sparse_weight(), self.bias),
-    lambda self: self.W.new_zeros(self.W.numel()).scatter(0, self.positions, self.active_weights).view_as(self.W),
+    lambda self: self.active_weights.new_zeros(self.shape).put(self.positions, self.active_weights),
 )
 
 
 def fuse(net: nn.Module) -> None:
     """Let the kernels run what they know of a network."""
-    codes = [function.__code__ for function in (*KNOWN, NMLinear.forward, NMLinear.sparse_weight)]
+    codes = [function.__code__ for function in (*KNOWN, SparseLinear.forward, SparseLinear.sparse_weight)]
     forward, weight, *present = [(code.co_code, code.co_names) for code in codes]
-    fused = {nn.Sequential: FusedSequential} | ({NMLinear: FusedLinear} if [forward, weight] == present else {})
+    fused = {nn.Sequential: FusedSequential} | ({SparseLinear: FusedLinear} if [forward, weight] == present else {})
     for module in net.modules():
         module.__class__ = fused.get(type(module), type(module))
 
@@ -1513,16 +1524,18 @@ def compare(net: Network, args: Args, env: gym.Env) -> None:
 
 
 def use_kernel(args: Args, agent: Agent, env: gym.Env) -> str:
-    """Make --kernel true for all networks; returns "nm" or "torch". auto: nm on a CPU with a C compiler if n < m.
+    """Make --kernel true for all networks; returns "nm" or "torch". auto: nm if sparse, on a CPU with a C compiler.
 
     Each network's outputs and gradients on a random batch are compared with torch's: UserError if they differ.
     """
-    if args.kernel == "torch" or (args.kernel == "auto" and (args.device != "cpu" or args.n == args.m)):
+    layers = [layer for net in agent.networks for layer in sparse_layers(net.online).values()]
+    density = sum(len(layer.positions) for layer in layers) / max(1, sum(layer.shape.numel() for layer in layers))
+    if args.kernel == "torch" or (args.kernel == "auto" and (args.device != "cpu" or density in (0, 1))):
         return "torch"
     if args.device != "cpu":
         raise UserError("--kernel nm needs --device cpu")
     try:
-        if load_kernels().nm_lanes() < 32 and 4 * args.n > args.m and args.kernel == "auto":
+        if load_kernels().nm_lanes() < 32 and density > 0.3 and args.kernel == "auto":
             return "torch"  # without AVX 2:4 is slower than dense
     except (OSError, ValueError) as error:  # ValueError: an unclosed quote in CC
         if args.kernel == "nm":
@@ -1536,6 +1549,7 @@ def use_kernel(args: Args, agent: Agent, env: gym.Env) -> str:
     return "nm"
 
 
+# --- end shared ---
 # --- end kernels ---
 
 

@@ -20,6 +20,7 @@ os.environ.setdefault("WANDB_MODE", "offline")
 import toy_envs  # noqa: E402, F401
 
 import dense_td3_continuous  # noqa: E402
+import rlx2_td3_continuous  # noqa: E402
 import rnm_td3_continuous  # noqa: E402
 
 NETS = ["actor", "qf1", "qf2", "target_actor", "qf1_target", "qf2_target"]
@@ -35,6 +36,15 @@ SMALL = {
     "eval_episodes": 2,
     "track": False,
 }
+
+
+RLX2 = {"actor_sparsity": 0.7, "critic_sparsity": 0.6, "mask_update_interval": 20, "delay_nstep": 150}
+RLX2 |= {"buffer_check_interval": 50, "buffer_min_size": 90, "buffer_threshold": 1e-3}
+
+
+def settings_of(module):
+    """Of a small run of this script."""
+    return SMALL | (RLX2 if module is rlx2_td3_continuous else {})
 
 
 def flags(**settings):
@@ -80,7 +90,7 @@ def assert_same_run(a, b):
     rows_a, rows_b = read_rows(a), read_rows(b)
     assert len(rows_a) > 5 and rows_a == rows_b
     assert_same_model(a, b)
-    if read_meta(a)["n"]:
+    if read_meta(a)["pattern"] != "dense":
         masks = [np.load(Path(run) / "masks.npz") for run in (a, b)]
         assert masks[0].files == masks[1].files
         assert all(np.array_equal(masks[0][key], masks[1][key]) for key in masks[0].files)
@@ -146,7 +156,7 @@ def load(path):
 
 @pytest.fixture(autouse=True)
 def short_reports(monkeypatch):
-    for module in (dense_td3_continuous, rnm_td3_continuous):
+    for module in (dense_td3_continuous, rnm_td3_continuous, rlx2_td3_continuous):
         monkeypatch.setattr(module, "hardware_report", functools.partial(module.hardware_report, seconds=0.005))
 
 
@@ -160,8 +170,18 @@ def rnm():
     return rnm_td3_continuous
 
 
-@pytest.fixture(params=["dense", "rnm"])
+@pytest.fixture
+def rlx2():
+    return rlx2_td3_continuous
+
+
+@pytest.fixture(params=["dense", "rnm", "rlx2"])
 def script(request):
+    return {"dense": dense_td3_continuous, "rnm": rnm_td3_continuous, "rlx2": rlx2_td3_continuous}[request.param]
+
+
+@pytest.fixture(params=["dense", "rnm"])
+def twin(request):
     return {"dense": dense_td3_continuous, "rnm": rnm_td3_continuous}[request.param]
 
 
@@ -169,7 +189,7 @@ def script(request):
 def small(tmp_path):
     """args of a run of a second: small(module, **changes) -> Args; each call has a folder of its own for its run."""
     folders = (str(tmp_path / f"runs{i}") for i in range(1000))
-    return lambda module, **changes: module.Args(**(SMALL | {"runs_dir": next(folders)} | changes))
+    return lambda module, **changes: module.Args(**(settings_of(module) | {"runs_dir": next(folders)} | changes))
 
 
 @pytest.fixture
@@ -177,7 +197,7 @@ def cli(monkeypatch, tmp_path, capsys):
     """cli(module, "--flag", ...) -> (exit code, stdout, stderr) of main() in this process."""
 
     def call(module, *argv, small=True):
-        monkeypatch.setattr(sys, "argv", [module.__file__, *flags() * small, *map(str, argv)])
+        monkeypatch.setattr(sys, "argv", [module.__file__, *flags(**settings_of(module)) * small, *map(str, argv)])
         monkeypatch.chdir(tmp_path)
         capsys.readouterr()  # what was printed before
         try:

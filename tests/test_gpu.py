@@ -18,41 +18,41 @@ def sparse(script):
     return {"n": 1, "m": 4, "mask_update_interval": 30} if hasattr(script, "refresh_masks") else {}
 
 
-def test_updates_are_those_of_the_cpu(script):
+def test_updates_are_those_of_the_cpu(twin):
     """The same weights, batches and (without noise) targets: 20 updates and a refresh after the tenth."""
     agents = {}
     for device in ("cpu", "cuda"):
-        args = script.Args(**SMALL | sparse(script), device=device, policy_noise=0.0)
-        env = script.make_env(args.env_id)
+        args = twin.Args(**SMALL | sparse(twin), device=device, policy_noise=0.0)
+        env = twin.make_env(args.env_id)
         torch.manual_seed(0)
-        networks = script.make_networks(args, env)
-        if sparse(script):
-            networks = script.sparsify(networks, args)
-        agents[device] = agent = script.Agent(networks, args.learning_rate)
-        rb = script.ReplayBuffer(400, script.transition_columns(env), device)
+        networks = twin.make_networks(args, env)
+        if sparse(twin):
+            networks = twin.sparsify(networks, args)
+        agents[device] = agent = twin.Agent(networks, args.learning_rate)
+        rb = twin.ReplayBuffer(400, twin.transition_columns(env), device)
         generator = torch.Generator().manual_seed(1)
         rb.rows.normal_(generator=generator)
         rb.added = 400
-        rng = script.make_generators(3, device)
+        rng = twin.make_generators(3, device)
         for update in range(1, 21):
-            losses = script.update_agent(agent, rb, args, rng, update)
+            losses = twin.update_agent(agent, rb, args, rng, update)
             assert all(value.device.type == device for value in losses.values())
-            if update == 10 and sparse(script):
-                script.refresh_masks(agent)
+            if update == 10 and sparse(twin):
+                twin.refresh_masks(agent)
     for name in NETS:
-        cpu, cuda = (script.plain_state(getattr(agents[device], name)) for device in agents)
+        cpu, cuda = (twin.plain_state(getattr(agents[device], name)) for device in agents)
         assert cuda.keys() == cpu.keys() and len(cpu) >= 6
         for key in cpu:
             assert cuda[key].is_cuda and (cuda[key].cpu() - cpu[key]).abs().max() <= 1e-4, (name, key)
 
 
-def test_resume_is_bit_for_bit(script, small, monkeypatch, cli):
-    whole = script.train(small(script, device="cuda", **sparse(script)))["run_dir"]
+def test_resume_is_bit_for_bit(twin, small, monkeypatch, cli):
+    whole = twin.train(small(twin, device="cuda", **sparse(twin)))["run_dir"]
     with monkeypatch.context() as patch:
-        stop_at(patch, script, 317)
-        part = script.train(small(script, device="cuda", **sparse(script)))
+        stop_at(patch, twin, 317)
+        part = twin.train(small(twin, device="cuda", **sparse(twin)))
     assert part["exit_reason"] == "sigterm"
-    code, _, err = cli(script, "--resume", part["run_dir"], small=False)
+    code, _, err = cli(twin, "--resume", part["run_dir"], small=False)
     assert code == 0 and err == ""
     assert_same_run(whole, part["run_dir"])
     meta = read_meta(whole)

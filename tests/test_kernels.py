@@ -121,7 +121,7 @@ def test_empty_mask_and_widest_layers(rnm):
     for shape in ((65_536, 2), (2, 65_536)):
         chain, params = make_chain(rnm, [ragged_mask(*shape, 0.9, torch.Generator().manual_seed(0))])
         check(rnm, chain, params, torch.randn(3, shape[1], generator=torch.Generator().manual_seed(0)))
-    layer = rnm.NMLinear(torch.nn.Linear(65_537, 1), 1, 4)  # one wider: torch runs it
+    layer = rnm.SparseLinear(torch.nn.Linear(65_537, 1), 1, 4)  # one wider: torch runs it
     layer.__class__ = rnm.FusedLinear
     assert rnm.run_chain([layer], torch.zeros(1, 65_537))[1] == 0
 

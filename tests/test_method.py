@@ -37,7 +37,7 @@ def test_projection_is_brute_force(rnm, n, m, width):
     assert E.sum(1).tolist() == [kept] * 9
     linear = nn.Linear(width, 9)
     linear.weight.data.copy_(W)
-    layer = rnm.NMLinear(linear, n, m)
+    layer = rnm.SparseLinear(linear, n, m)
     assert torch.equal(layer.E, E) and layer.active_weights.shape == (9 * kept,)
     assert torch.equal(layer.active_weights, W[E]) and torch.equal(layer.sparse_weight(), W * E)  # row after row
 
@@ -45,7 +45,7 @@ def test_projection_is_brute_force(rnm, n, m, width):
 def test_layer_is_a_linear_layer_with_zeros(rnm):
     torch.manual_seed(0)
     dense = nn.Linear(23, 12).double()
-    layer = rnm.NMLinear(copy.deepcopy(dense), 1, 4)
+    layer = rnm.SparseLinear(copy.deepcopy(dense), 1, 4)
     E = torch.from_numpy(brute_force_mask(dense.weight.detach().numpy(), 1, 4))
     W = (dense.weight.detach() * E).requires_grad_()
     x = torch.randn(5, 23, dtype=torch.float64, requires_grad=True)
@@ -66,7 +66,7 @@ def test_layer_is_a_linear_layer_with_zeros(rnm):
 
 def test_masks_whose_rows_differ_in_length(rnm):
     """A mask with the same total works whatever its rows keep; another total or shape is an error with its cause."""
-    layer = rnm.NMLinear(nn.Linear(12, 5), 1, 4)  # keeps 3 in each of 5 rows
+    layer = rnm.SparseLinear(nn.Linear(12, 5), 1, 4)  # keeps 3 in each of 5 rows
     W = torch.randn(5, 12)
     E = torch.zeros(5, 12, dtype=torch.bool)
     E[0], E[3, 2], E[4, [0, 11]] = True, True, True  # 12, 0, 0, 1 and 2
@@ -109,9 +109,9 @@ def test_which_layers_are_sparse(rnm, sparse_head):
     for name in NETS:
         head = "fc_mu" if "actor" in name else "fc3"
         layers = dict(getattr(agent, name).net.named_children())
-        sparse = [key for key, layer in layers.items() if isinstance(layer, rnm.NMLinear)]
+        sparse = [key for key, layer in layers.items() if isinstance(layer, rnm.SparseLinear)]
         assert sparse == ["fc1", "fc2", head][: 2 + sparse_head]
-        assert type(layers[head]) is (rnm.NMLinear if sparse_head else nn.Linear)
+        assert type(layers[head]) is (rnm.SparseLinear if sparse_head else nn.Linear)
 
 
 def make_agent(script, **changes):
@@ -135,10 +135,10 @@ def make_agent(script, **changes):
     return args, env, agent, rb, rng
 
 
-def nm_layers(rnm, agent):
+def sparse_layers(rnm, agent):
     """(name of the network, layer) of all N:M layers of the six networks."""
     modules = [(name, layer) for name in NETS for layer in getattr(agent, name).modules()]
-    return [(name, layer) for name, layer in modules if isinstance(layer, rnm.NMLinear)]
+    return [(name, layer) for name, layer in modules if isinstance(layer, rnm.SparseLinear)]
 
 
 def scattered(layer, packed):
@@ -156,7 +156,7 @@ def shrink_first_of_each_row(layer):
 
 def test_inactive_weights_rest_for_1000_adam_steps(rnm):
     args, _, agent, rb, rng = make_agent(rnm, n=1, m=4)
-    layers = [layer for _, layer in nm_layers(rnm, agent)]
+    layers = [layer for _, layer in sparse_layers(rnm, agent)]
     before = [(layer, layer.W.clone(), layer.E, layer.active_weights.detach().clone()) for layer in layers]
     assert len(before) == 12  # two N:M layers in each of six networks
     for update in range(1, 1001):
@@ -178,7 +178,7 @@ def test_inactive_weights_rest_for_1000_adam_steps(rnm):
 def test_refreshes_by_hand(rnm):
     """The new mask is P_{N:M} of all a layer has learned, active or not; a target has a W of its own and that mask."""
     args, _, agent, rb, rng = make_agent(rnm, n=2, m=4, learning_rate=0.01, tau=0.05)
-    layers = {name: [layer for net, layer in nm_layers(rnm, agent) if net == name] for name in NETS}
+    layers = {name: [layer for net, layer in sparse_layers(rnm, agent) if net == name] for name in NETS}
     learned = {name: [layer.W.clone() for layer in layers[name]] for name in NETS}  # kept here, not read from W again
     returned = dict.fromkeys(NETS, 0)
     ever = {name: [layer.E for layer in layers[name]] for name in NETS}
@@ -240,7 +240,7 @@ def test_an_optimizer_with_unknown_moments_is_refused_by_name(rnm):
         rnm.update_agent(agent, rb, args, rng, update)
     with pytest.raises(AttributeError, match="momentum_buffer"):
         rnm.refresh_masks(agent)
-    for _, layer in nm_layers(rnm, agent):  # what the error asks for
+    for _, layer in sparse_layers(rnm, agent):  # what the error asks for
         layer.register_buffer("momentum_buffer", torch.zeros_like(layer.W))
     layer = agent.qf1.net.fc2
     state, old_E = agent.q_optimizer.state[layer.active_weights], layer.E
@@ -263,9 +263,9 @@ def numpy_forward(net, *inputs):
     return x
 
 
-def test_target_and_losses_by_hand(script):
+def test_target_and_losses_by_hand(twin):
     """Per-dimension noise scale and bounds, clipping, min of the targets, termination against truncation."""
-    args, _, agent, rb, rng = make_agent(script, policy_noise=2.0, noise_clip=0.5)
+    args, _, agent, rb, rng = make_agent(twin, policy_noise=2.0, noise_clip=0.5)
     with torch.no_grad():  # targets that differ from the online networks
         for net in (agent.target_actor, agent.qf1_target, agent.qf2_target):
             for p in net.parameters():
@@ -288,7 +288,7 @@ def test_target_and_losses_by_hand(script):
     assert (q1 < q2).any() and (q2 < q1).any()
     y = data.rewards.double().numpy() + 0.99 * (1 - data.dones.double().numpy()) * np.minimum(q1, q2)
     values = {name: numpy_forward(getattr(agent, name), data.observations, data.actions) for name in ("qf1", "qf2")}
-    losses = script.update_critics(agent, data, args, rng["smoothing"])
+    losses = twin.update_critics(agent, data, args, rng["smoothing"])
     losses = {key: value.mean().item() for key, value in losses.items()}
     for name, value in values.items():
         assert losses[f"losses/{name}_values"] == pytest.approx(value.mean(), rel=1e-5)
@@ -299,7 +299,7 @@ def test_target_and_losses_by_hand(script):
     action = np.tanh(numpy_forward(agent.actor, data.observations)) * scale + bias
     value = numpy_forward(agent.qf1, data.observations, action)
     critic = [(p.detach().clone(), p.grad.clone()) for p in agent.qf1.parameters()]
-    loss = script.update_actor(agent, data)["losses/actor_loss"].item()
+    loss = twin.update_actor(agent, data)["losses/actor_loss"].item()
     assert loss == pytest.approx(-value.mean(), rel=1e-5)
     for p, (old, grad) in zip(agent.qf1.parameters(), critic, strict=True):  # the critic is untouched and still learns
         assert torch.equal(p, old) and torch.equal(p.grad, grad) and p.requires_grad
@@ -311,11 +311,11 @@ def copy_generator(generator):
     return torch.Generator().manual_seed(0).set_state(generator.get_state())
 
 
-def test_polyak_and_delay(script):
-    args, _, agent, rb, rng = make_agent(script, policy_frequency=3, tau=0.25)
+def test_polyak_and_delay(twin):
+    args, _, agent, rb, rng = make_agent(twin, policy_frequency=3, tau=0.25)
     for update in range(1, 7):
         before = {name: [p.detach().clone() for p in getattr(agent, name).parameters()] for name in NETS}
-        losses = script.update_agent(agent, rb, args, rng, update)
+        losses = twin.update_agent(agent, rb, args, rng, update)
         delayed = update % 3 == 0
         assert ("losses/actor_loss" in losses) == delayed
         for online, target in zip(NETS[:3], NETS[3:], strict=True):
@@ -326,30 +326,30 @@ def test_polyak_and_delay(script):
                 assert torch.allclose(p, 0.75 * old + 0.25 * new if delayed else old, rtol=0, atol=1e-7)
 
 
-def test_twenty_updates_are_those_of_the_first_version(script):
-    """The dense script, and N = M, from the weights, transitions and streams of commit b4ac3f7's stored results."""
+def test_twenty_updates_are_those_of_the_first_version(twin):
+    """The dense twin, and N = M, from the weights, transitions and streams of commit b4ac3f7's stored results."""
     data = np.load(ROOT / "tests" / "data" / "dense_20_updates.npz")
-    args = script.Args(**SMALL, **({"n": 4, "m": 4} if hasattr(script, "sparsify") else {}))
-    env = script.make_env(args.env_id)
-    networks = script.make_networks(args, env)
+    args = twin.Args(**SMALL, **({"n": 4, "m": 4} if hasattr(twin, "sparsify") else {}))
+    env = twin.make_env(args.env_id)
+    networks = twin.make_networks(args, env)
     for name, net in networks.items():
         parameters = dict(net.net.named_parameters())
         assert {f"before.{name}.{key}" for key in parameters} <= set(data.files) and len(parameters) == 6
         for key, param in parameters.items():
             param.data.copy_(torch.from_numpy(data[f"before.{name}.{key}"]))
-    if hasattr(script, "sparsify"):
-        networks = script.sparsify(networks, args)
-    agent = script.Agent(networks, args.learning_rate)
-    rb, random = script.ReplayBuffer(400, script.transition_columns(env), "cpu"), np.random.default_rng(0)
+    if hasattr(twin, "sparsify"):
+        networks = twin.sparsify(networks, args)
+    agent = twin.Agent(networks, args.learning_rate)
+    rb, random = twin.ReplayBuffer(400, twin.transition_columns(env), "cpu"), np.random.default_rng(0)
     for _ in range(400):
         obs, next_obs = random.normal(size=(2, 3))
         row = {"observations": obs, "next_observations": next_obs, "actions": random.uniform([-1, 0.5], [0.5, 3])}
         rb.add(**row, rewards=random.normal(), dones=random.random() < 0.1)
-    rng = script.make_generators(3, "cpu")
+    rng = twin.make_generators(3, "cpu")
     for update in range(1, 21):
-        script.update_agent(agent, rb, args, rng, update)
+        twin.update_agent(agent, rb, args, rng, update)
     for name in NETS:
-        state = script.plain_state(getattr(agent, name))
+        state = twin.plain_state(getattr(agent, name))
         parameters = [key for key in state if not key.startswith("action_")]
         assert len(parameters) == 6
         for key in parameters:
@@ -358,9 +358,9 @@ def test_twenty_updates_are_those_of_the_first_version(script):
             assert np.abs(state[key].numpy() - after).max() <= 1e-6, (name, key)
 
 
-def test_replay_ring(script):
+def test_replay_ring(twin):
     env = gym.make("Reach-v0")
-    rb, other = (script.ReplayBuffer(50, script.transition_columns(env), "cpu") for _ in range(2))
+    rb, other = (twin.ReplayBuffer(50, twin.transition_columns(env), "cpu") for _ in range(2))
 
     def add(buffer, count):
         for _ in range(count):

@@ -101,23 +101,23 @@ def wait_for_run(folder):
 
 
 @pytest.mark.parametrize("total", [333, 350])  # in the middle of a cycle; at an update with a refresh in the longer run
-def test_an_extended_run_is_the_longer_run(script, small, cli, total):
+def test_an_extended_run_is_the_longer_run(twin, small, cli, total):
     options = {"keep_replay": True}
-    if hasattr(script, "refresh_masks"):
+    if hasattr(twin, "refresh_masks"):
         options |= {"n": 1, "m": 4, "mask_update_interval": 50}
-    whole = script.train(small(script, **options))["run_dir"]
-    part = script.train(small(script, **options, total_timesteps=total))["run_dir"]
+    whole = twin.train(small(twin, **options))["run_dir"]
+    part = twin.train(small(twin, **options, total_timesteps=total))["run_dir"]
     assert int(read_rows(part)[-1]["global_step"]) == total
-    if hasattr(script, "refresh_masks"):  # the last step ends no cycle
+    if hasattr(twin, "refresh_masks"):  # the last step ends no cycle
         assert steps_with(part, "sad/actor") == [150, 200, 250, 300] == steps_with(whole, "sad/actor")[:4]
         assert 350 in steps_with(whole, "sad/actor")
     end = max(step for step in steps_with(part) if step < total)
-    code, out, _ = cli(script, "--resume", part, "--total-timesteps", 600, small=False)
+    code, out, _ = cli(twin, "--resume", part, "--total-timesteps", 600, small=False)
     assert code == 0 and f"resumed at step {end}" in out
     assert_same_run(whole, part)
     before = {p.name: p.read_bytes() for p in Path(part).iterdir()}
     assert "checkpoint.pt" in before
-    code, out, _ = cli(script, "--resume", part, small=False)
+    code, out, _ = cli(twin, "--resume", part, small=False)
     assert code == 0 and "nothing to do" in out
     assert before == {p.name: p.read_bytes() for p in Path(part).iterdir()}
 

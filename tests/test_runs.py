@@ -95,7 +95,7 @@ def test_model_fits_plain_layers_and_its_probe(dense, rnm, small, change):
 
 def test_modules_and_sizes_by_hand(dense, rnm, small):
     runs = [dense.train(small(dense, hidden_dim=8)), rnm.train(small(rnm, hidden_dim=8, n=1, m=4))]
-    for run, kind, active in zip(runs, ("Linear", "NMLinear"), ([24, 64, 40, 64], [8, 16, 16, 16]), strict=True):
+    for run, kind, active in zip(runs, ("Linear", "SparseLinear"), ([24, 64, 40, 64], [8, 16, 16, 16]), strict=True):
         meta = read_meta(run["run_dir"])
         (a1, a2, q1, q2), critic_density = active, (active[2] + active[3] + 8) / (40 + 64 + 8)
         relus = [{"name": f"relu{i}", "type": "ReLU"} for i in (1, 2)]

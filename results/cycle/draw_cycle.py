@@ -15,7 +15,7 @@ moments, refresh = [], rnm.refresh_masks
 
 
 def snapshot(agent):
-    layer = rnm.nm_layers(agent.qf1)[LAYER]
+    layer = rnm.sparse_layers(agent.qf1)[LAYER]
     W = layer.W.clone().put_(layer.positions, layer.active_weights.detach())  # with the active weights written back
     return W[ROWS, COLUMNS], layer.E[ROWS, COLUMNS]
 

@@ -1,0 +1,474 @@
+"""RLx2 against brute force, hand computation and dense masked training."""
+
+import copy
+import math
+import textwrap
+from pathlib import Path
+from types import SimpleNamespace
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from conftest import ROOT, assert_same_run, checkpoint_step, load, read_meta, read_rows, steps_with, stop_at
+from test_forks import EDITS
+
+TABLE = {  # (obs, action, actor and critic sparsity): densities, kept of actor and of one critic, kept in all, width
+    "HalfCheetah": (
+        (17, 6, 0.90, 0.85),
+        (0.4480, 0.0558, 1),
+        (0.6288, 0.1037, 1),
+        (1950, 3657, 1536),
+        (3703, 6794, 256),
+    ),
+    "Hopper": ((11, 3, 0.98, 0.95), (0.1263, 0.0104, 0.4491), (0.3095, 0.0321, 1), (356, 682, 345), (1110, 2104, 256)),
+    "Walker2d": (
+        (17, 6, 0.97, 0.95),
+        (0.1284, 0.0160, 0.3491),
+        (0.1994, 0.0329, 1),
+        (559, 1048, 537),
+        (1174, 2155, 256),
+    ),
+    "Ant": ((111, 8, 0.96, 0.88), (0.0434, 0.0262, 0.4331), (0.1567, 0.0995, 1), (1233, 1721, 887), (4776, 6520, 256)),
+}
+TOTAL = {"HalfCheetah": (28_649, 87), "Hopper": (8_323, 46), "Walker2d": (9_314, 45), "Ant": (26_945, 52)}
+
+
+def spaces(obs_dim, action_dim):
+    box = gym.spaces.Box(-1, 1, (action_dim,))
+    return SimpleNamespace(observation_space=gym.spaces.Box(-np.inf, np.inf, (obs_dim,)), action_space=box)
+
+
+@pytest.mark.parametrize("env_id", TABLE)
+def test_densities_and_kept_counts_are_those_of_the_paper(rlx2, env_id):
+    (obs_dim, action_dim, actor, critic), *densities, kept_actor, kept_critic = TABLE[env_id]
+    args, env = rlx2.Args(actor_sparsity=actor, critic_sparsity=critic), spaces(obs_dim, action_dim)
+    torch.manual_seed(0)
+    plain = rlx2.make_networks(args, env)
+    initial = {f"{net}.{key}": p.detach().clone() for net, part in plain.items() for key, p in part.named_parameters()}
+    agent = rlx2.Agent(rlx2.sparsify(plain, args), 3e-4)
+    for net, wanted, kept in (("actor", densities[0], kept_actor), ("qf1", densities[1], kept_critic)):
+        shapes = [p.shape for key, p in initial.items() if key.startswith(net) and key.endswith("weight")]
+        found = rlx2.erdos_renyi(shapes * (1 if net == "actor" else 2), actor if net == "actor" else critic)
+        assert found[:3] == pytest.approx(wanted, abs=5.1e-5) and found[3:] == found[:3] * (net != "actor")
+        assert sum(d * math.prod(shape) for d, shape in zip(found, shapes, strict=False)) == pytest.approx(
+            (1 - (actor if net == "actor" else critic)) * sum(map(math.prod, shapes))
+        )
+        for i, name in enumerate(("fc1", "fc2", "fc_mu" if net == "actor" else "fc3")):
+            layer, first = getattr(getattr(agent, net).net, name), initial[f"{net}.net.{name}.weight"]
+            if kept[i] == first.numel():
+                assert type(layer) is nn.Linear  # dense, and no part of any topology
+                continue
+            assert len(layer.active_weights) == len(layer.positions) == int(layer.E.sum()) == kept[i]
+            assert torch.equal(layer.sparse_weight(), first * layer.E)
+            assert first[layer.E].abs().min() > first[~layer.E].abs().max()  # the largest ones
+    stats = rlx2.model_stats(agent)
+    total, width = TOTAL[env_id]
+    assert sum(part["active"] for parts in stats["modules"].values() for part in parts if "active" in part) == total
+    assert rlx2.equal_width(stats["modules"], 256) == width
+    for net in agent.networks:
+        for name, layer in rlx2.sparse_layers(net.online).items():
+            assert torch.equal(layer.E, rlx2.sparse_layers(net.target)[name].E)
+
+
+def test_schedule_of_the_changes(rlx2):
+    for total, critics, actor in ((3_000_000, 297, 148), (1_000_000, 97, 48)):
+        args = rlx2.Args(total_timesteps=total)
+        drops = {u: rlx2.drop_fractions(args, u) for u in range(10_000, total - 25_000 + 1, 10_000)}
+        assert [sum(name in d for d in drops.values()) for name in ("critics", "actor")] == [critics, actor]
+        assert {u for u, d in drops.items() if "actor" in d} == set(range(20_000, actor * 20_000 + 1, 20_000))
+    assert not rlx2.drop_fractions(args, 9_999) and not rlx2.drop_fractions(args, 975_000)
+    args = rlx2.Args(total_timesteps=3_000_000)
+    assert rlx2.drop_fractions(args, 10_000)["critics"] == pytest.approx(0.49999, abs=5e-6)
+    last = args.total_timesteps - args.learning_starts
+    middle = rlx2.Args(total_timesteps=25_000 + 2 * 1_000_000)
+    assert rlx2.drop_fractions(middle, 1_000_000) == pytest.approx({"critics": 0.25, "actor": 0.25})
+    assert 0 < rlx2.drop_fractions(args, last // 10_000 * 10_000)["critics"] < 1e-4
+    assert not rlx2.drop_fractions(rlx2.Args(topology="static"), 10_000)
+    odd = rlx2.Args(total_timesteps=1000, learning_starts=0, mask_update_interval=7, policy_frequency=3)
+    steps = [u for u in range(1, 1000) if "actor" in rlx2.drop_fractions(odd, u)]
+    assert steps == [u for u in range(21, 999, 21) if u // 3 < 1000 // 3]
+
+
+def make(rlx2, kernel="torch", rows=600, **changes):
+    """(args, env, agent, replay with random transitions, generators)"""
+    options = {"actor_sparsity": 0.7, "critic_sparsity": 0.6, "hidden_dim": 24, "batch_size": 32, "learning_starts": 0}
+    torch.set_num_threads(1)
+    options |= {"env_id": "Reach-v0", "total_timesteps": 1000, "track": False, "kernel": kernel}
+    args = rlx2.Args(**options | changes)
+    env, data = rlx2.make_env(args.env_id), np.random.default_rng(0)
+    torch.manual_seed(0)
+    agent = rlx2.Agent(rlx2.sparsify(rlx2.make_networks(args, env), args), args.learning_rate)
+    assert rlx2.use_kernel(args, agent, env) == kernel
+    columns = rlx2.transition_columns(env) | {"truncations": 1, "policy_actions": 2}
+    rb = rlx2.ReplayBuffer(1000, columns, "cpu", args.gamma)
+    for _ in range(rows):
+        row = {name: data.normal(size=width) for name, width in columns.items()}
+        ends = data.random(2) < 0.15
+        rb.add(**row | {"dones": ends[0], "truncations": ends[1]})
+    return args, env, agent, rb, rlx2.make_generators(0, "cpu")
+
+
+class Masked:
+    """The same training with plain dense networks: masks on gradients and weights, topologies by loops in numpy."""
+
+    def __init__(self, rlx2, args, env, agent):
+        self.rlx2, self.args, self.returned = rlx2, args, 0
+        self.agent = rlx2.Agent(rlx2.make_networks(args, env), args.learning_rate)
+        for name, part in vars(self.agent).items():
+            if isinstance(part, nn.Module):
+                state = {f"net.{key}": x for key, x in rlx2.plain_state(getattr(agent, name)).items() if "." in key}
+                part.load_state_dict(state, strict=False)
+        self.masks = {}  # by the parameter
+        for net, own in zip(agent.networks, self.agent.networks, strict=True):
+            for name, layer in rlx2.sparse_layers(net.online).items():
+                self.masks[getattr(own.online.net, name).weight] = layer.E
+
+    def project(self):
+        for net in self.agent.networks:
+            for param, target in zip(net.online.parameters(), net.target.parameters(), strict=True):
+                if param in self.masks:
+                    param.data *= self.masks[param]
+                    target.data *= self.masks[param]
+
+    def change(self, optimizer, net, drop):
+        for param in net.parameters():
+            if param not in self.masks:
+                continue
+            W, G, E = (x.detach().numpy().ravel() for x in (param, param.grad, self.masks[param]))
+            count = int(E.sum() * drop)
+            active = sorted(np.flatnonzero(E), key=lambda i: -abs(W[i]))
+            kept = set(active[: len(active) - count])
+            score = abs(G) if self.args.topology == "rigl" else torch.rand(param.shape).numpy().ravel()
+            others = sorted((i for i in range(len(W)) if i not in kept), key=lambda i: -score[i])
+            new = np.zeros(len(W), bool)
+            new[list(kept) + others[:count]] = True
+            self.returned += len(set(others[:count]) & set(active))
+            self.masks[param] = torch.from_numpy(new.reshape(param.shape))
+            for value in (param.data, *(optimizer.state[param][key] for key in ("exp_avg", "exp_avg_sq"))):
+                value *= torch.from_numpy(E.reshape(param.shape)) & self.masks[param]
+        self.project()
+
+    def step(self, optimizer, nets, loss, drop):
+        optimizer.zero_grad()
+        loss.backward()
+        if drop is not None:
+            for net in nets:
+                self.change(optimizer, net, drop)
+            return
+        for param in (param for net in nets for param in net.parameters()):
+            if param in self.masks:
+                param.grad *= self.masks[param]
+        optimizer.step()
+        self.project()
+
+    def update(self, data, generator, update):
+        a, args, drops = self.agent, self.args, self.rlx2.drop_fractions(self.args, update)
+        with torch.no_grad():
+            scale, bias = a.actor.action_scale, a.actor.action_bias
+            noise = torch.empty_like(data.actions).normal_(0.0, args.policy_noise, generator=generator)
+            action = a.target_actor(data.next_observations) + noise.clamp(-args.noise_clip, args.noise_clip) * scale
+            action = action.clamp(bias - scale, bias + scale)
+            q = torch.min(*(net(data.next_observations, action) for net in (a.qf1_target, a.qf2_target)))
+            y = data.rewards + (1 - data.dones) * data.discounts * q
+        critics = a.qf1, a.qf2
+        loss = sum(F.mse_loss(net(data.observations, data.actions), y) for net in critics)
+        self.step(a.q_optimizer, critics, loss, drops.get("critics"))
+        if update % args.policy_frequency == 0:
+            loss = -a.qf1(data.observations, a.actor(data.observations)).mean()
+            self.step(a.actor_optimizer, [a.actor], loss, drops.get("actor"))
+            self.rlx2.update_targets(a, args.tau)
+            self.project()
+
+
+@pytest.mark.parametrize("topology", ["rigl", "set"])
+@pytest.mark.parametrize("kernel", ["torch", "nm"])
+def test_it_is_dense_masked_training(rlx2, topology, kernel):
+    """Weights, targets, moments and topologies over four changes of the critics' and two of the actor's."""
+    options = {"topology": topology, "mask_update_interval": 8, "nstep": 3, "delay_nstep": 10, "total_timesteps": 60}
+    args, env, agent, rb, rng = make(rlx2, kernel, **options)
+    masked, other = Masked(rlx2, args, env, agent), rlx2.make_generators(0, "cpu")
+    for update in range(1, 37):
+        torch.manual_seed(update)
+        rlx2.update_agent(agent, rb, args, rng, update)
+        torch.manual_seed(update)
+        data = rb.sample(args.batch_size, other["replay"], 3 if update >= 10 else 1)
+        masked.update(data, other["smoothing"], update)
+    assert masked.returned > 10  # dropped, and back in the same change
+    for name in ("actor", "qf1", "qf2", "target_actor", "qf1_target", "qf2_target"):
+        ours, theirs = rlx2.plain_state(getattr(agent, name)), rlx2.plain_state(getattr(masked.agent, name))
+        assert ours.keys() == theirs.keys()
+        for key, x in theirs.items():
+            assert torch.allclose(ours[key], x, rtol=1e-4, atol=2e-6), (name, key)
+    for net, own in zip(agent.networks, masked.agent.networks, strict=True):
+        optimizers = (agent.actor_optimizer, masked.agent.actor_optimizer)
+        optimizers = optimizers if net.name == "actor" else (agent.q_optimizer, masked.agent.q_optimizer)
+        for name, layer in rlx2.sparse_layers(net.online).items():
+            param = getattr(own.online.net, name).weight
+            assert torch.equal(layer.E, masked.masks[param])
+            mine, theirs = optimizers[0].state[layer.active_weights], optimizers[1].state[param]
+            assert mine["step"] == theirs["step"] == (36 - 4 if net.name != "actor" else 18 - 2)  # no step at a change
+            for key in ("exp_avg", "exp_avg_sq"):
+                assert torch.allclose(mine[key], theirs[key][layer.E], rtol=1e-3, atol=1e-9), (name, key)
+                assert (theirs[key][~layer.E] == 0).all()
+
+
+@pytest.mark.parametrize("topology", ["rigl", "set", "static"])
+def test_the_number_of_weights_never_changes(rlx2, topology):
+    """Fifty changes of the critics', 25 of the actor's topology."""
+    args, _, agent, rb, rng = make(rlx2, topology=topology, mask_update_interval=3, learning_rate=3e-3)
+    first = rlx2.get_masks(agent)
+    counts, changes = {name: int(E.sum()) for name, E in first.items()}, {"actor": 0, "qf1": 0, "qf2": 0}
+    for update in range(1, 151):
+        before = rlx2.get_masks(agent)
+        rlx2.update_agent(agent, rb, args, rng, update)
+        after = rlx2.get_masks(agent)
+        assert {name: int(E.sum()) for name, E in after.items()} == counts
+        for net in agent.networks:
+            moved = [not torch.equal(before[key], after[key]) for key in first if key.startswith(f"{net.name}.")]
+            changes[net.name] += any(moved)
+            assert any(moved) <= (update % (6 if net.name == "actor" else 3) == 0)
+            for name, layer in rlx2.sparse_layers(net.target).items():
+                assert torch.equal(layer.E, after[f"{net.name}.{name}"])
+    assert changes == (
+        {"actor": 0, "qf1": 0, "qf2": 0} if topology == "static" else {"actor": 25, "qf1": 50, "qf2": 50}
+    )
+
+
+def windows_by_hand(rb, start, n, gamma):
+    rewards, k = 0.0, 0
+    while True:
+        row = {name: rb.array[(start + k) % rb.size, place] for name, place in rb.places.items()}
+        rewards += gamma**k * float(row["rewards"][0])
+        k += 1
+        if row["dones"][0] or row["truncations"][0] or k == n:
+            return rewards, gamma**k, row["next_observations"], float(row["dones"][0]), k
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+@pytest.mark.parametrize("full", [False, True])
+def test_multi_step_windows_against_a_loop(rlx2, n, full):
+    """Over terminations, time limits, both at once, the ring's seam, its write head and its left end."""
+    _, _, _, rb, _ = make(rlx2, rows=1700 if full else 700)
+    rb.oldest += 100
+    first, batch_size = max(0, rb.added - 1000) + 100, 3000
+    assert len(rb) == rb.added - first == (900 if full else 600)
+    data = rb.sample(batch_size, torch.Generator().manual_seed(5), n)
+    starts = first + torch.randint(len(rb) - n + 1, (batch_size,), generator=torch.Generator().manual_seed(5))
+    assert starts.min() == first and starts.max() == rb.added - n  # all places, none across the newest row
+    lengths, kinds = set(), set()
+    for i, start in enumerate(starts.tolist()):
+        rewards, discount, next_observations, done, k = windows_by_hand(rb, start, n, 0.99)
+        assert data.rewards[i].item() == pytest.approx(rewards, rel=1e-5, abs=1e-6)
+        assert data.discounts[i].item() == pytest.approx(discount, rel=1e-6)
+        assert torch.equal(data.next_observations[i], torch.from_numpy(next_observations)) and data.dones[i] == done
+        row = rb.array[start % rb.size]
+        for name in ("observations", "actions"):
+            assert torch.equal(getattr(data, name)[i], torch.from_numpy(row[rb.places[name]]))
+        last = rb.array[(start + k - 1) % rb.size]
+        lengths.add(k)
+        kinds.add((k, bool(last[rb.places["dones"]][0]), bool(last[rb.places["truncations"]][0])))
+    assert lengths == set(range(1, n + 1)) and len(kinds) == 3 * n + 1  # each way to end
+    if not full:  # fewer rows than steps: what is there
+        short = rlx2.ReplayBuffer(10, {k: s.stop - s.start for k, s in rb.places.items()}, "cpu", 0.5)
+        short.add(rewards=1), short.add(rewards=2)
+        data = short.sample(4, torch.Generator(), 3)
+        assert (data.rewards == 2).all() and (data.discounts == 0.25).all()
+
+
+def test_when_targets_become_multi_step(rlx2, monkeypatch):
+    args, _, agent, rb, rng = make(rlx2, nstep=4, delay_nstep=3)
+    seen, sample = [], rb.sample
+    monkeypatch.setattr(rb, "sample", lambda size, generator, n: seen.append(n) or sample(size, generator, n))
+    for update in range(1, 6):
+        rlx2.update_agent(agent, rb, args, rng, update)
+    assert seen == [1, 1, 4, 4, 4]
+
+
+def test_policy_distance_and_shrinking_by_hand(rlx2):
+    args, env, agent, _, _ = make(rlx2, batch_size=4, buffer_min_size=60, buffer_threshold=0.2)
+    columns = rlx2.transition_columns(env) | {"truncations": 1, "policy_actions": 2}
+    scale, bias = agent.actor.action_scale, agent.actor.action_bias
+    assert scale.tolist() == [0.75, 1.25]
+
+    def filled(rows, action):
+        rb = rlx2.ReplayBuffer(80, columns, "cpu", 0.99)
+        for i in range(rows):
+            obs = np.array([0.01 * i, 1.0, -1.0], np.float32)
+            rb.add(observations=obs, policy_actions=action(obs, i))
+        return rb
+
+    def now(obs, _):
+        return rlx2.act(agent.actor, obs)
+
+    assert rlx2.shrink_replay(rb := filled(75, now), agent.actor, args)["replay/policy_distance"] < 1e-12
+    assert len(rb) == 75
+    with torch.no_grad():
+        agent.actor.net.fc_mu.bias.fill_(1e3)  # saturated: the upper bounds
+    row = rlx2.shrink_replay(rb := filled(75, lambda *_: bias - scale), agent.actor, args)
+    assert row == {"replay/policy_distance": pytest.approx(2.0), "replay/size": 68} and rb.oldest == 7  # int(7.5)
+    # half the mean square of 0.5 and 1.0 action scales, in the oldest 32 rows alone
+    rb = filled(80, lambda _, i: bias + scale * torch.tensor([0.5, 0.0]) if i < 32 else bias + scale)
+    assert rlx2.shrink_replay(rb, agent.actor, args)["replay/policy_distance"] == pytest.approx(0.5 * 1.25 / 2)
+    assert rb.oldest == 8
+    rb.add(), rb.add()  # rows 80 and 81 go to places 0 and 1; the left end is already past them
+    assert rb.oldest == 8 and len(rb) == 74
+    assert rlx2.shrink_replay(rb, agent.actor, args)["replay/policy_distance"] == pytest.approx(0.3125 * 24 / 32)
+    for rows, threshold, left in ((60, 0.2, 60), (61, 0.2, 55), (75, 0.3125, 75), (75, 0.3124, 68)):
+        args.buffer_threshold = threshold
+        rb = filled(rows, lambda *_: bias + scale * torch.tensor([0.5, 0.0]))
+        assert rlx2.shrink_replay(rb, agent.actor, args)["replay/size"] == len(rb) == left
+
+
+@pytest.mark.parametrize("kernel", ["torch", "nm"])
+def test_resume_in_the_middle_of_everything(rlx2, small, monkeypatch, cli, kernel):
+    options = {"kernel": kernel, "buffer_size": 250}
+    whole = rlx2.train(small(rlx2, **options))["run_dir"]
+    sizes = {int(row["global_step"]): float(row["replay/size"]) for row in read_rows(whole) if row["replay/size"]}
+    assert list(sizes) == list(range(50, 601, 50)) and sizes[50] == 50  # also before learning starts
+    assert sizes[100] == 90 and sizes[300] < 250 < 300  # it had shrunk when the run is stopped, and the ring gone round
+    for stop in (180, 317):  # before and after the targets become multi-step
+        with monkeypatch.context() as patch:
+            stop_at(patch, rlx2, stop)
+            part = rlx2.train(small(rlx2, **options))
+        end = checkpoint_step(part["run_dir"])
+        assert stop <= end < 250 or 317 <= end < 400
+        saved = torch.load(Path(part["run_dir"], "checkpoint.pt"), weights_only=True)["rb"]
+        assert saved["oldest"] > 0
+        code, _, err = cli(rlx2, "--resume", part["run_dir"], small=False)
+        assert code == 0 and err == ""
+        assert_same_run(whole, part["run_dir"])
+    for key, interval in (("sad/qf1", 20), ("sad/actor", 40)):
+        assert steps_with(whole, key) == list(range(100 + interval, 600, interval))
+    masks = np.load(Path(whole) / "masks.npz")
+    assert masks["global_step"].tolist() == [0, *range(120, 600, 20)]
+    last = np.unpackbits(masks["qf1.fc2"][-1])[:256].reshape(16, 16)
+    weight = torch.load(Path(whole, "model.pt"), weights_only=True)["qf1"]["fc2.weight"]
+    assert not weight[torch.from_numpy(last == 0)].any() and (masks["qf1.fc2"][1:] != masks["qf1.fc2"][:-1]).any()
+
+
+def test_a_run_made_longer_says_that_its_schedule_moves(rlx2, small, cli):
+    run = rlx2.train(small(rlx2, total_timesteps=300, keep_replay=True))["run_dir"]
+    code, _, err = cli(rlx2, "--resume", run, "--total-timesteps", 400, small=False)
+    assert code == 0 and err.startswith("warning: drop fractions follow the new end") and err.count("\n") == 1
+    assert read_meta(run)["exit_reason"] == "finished"
+
+
+@pytest.mark.parametrize(
+    ("flags", "line"),
+    [
+        (["--actor-sparsity", "1"], "--actor-sparsity 1.0 leaves fc1 without a weight"),
+        (["--critic-sparsity", "0.999", "--actor-sparsity", "0.5"], "--critic-sparsity 0.999 leaves fc"),
+        (["--critic-sparsity", "-0.1"], "--critic-sparsity must be at least 0.0 and at most 1.0, not -0.1"),
+        (["--actor-sparsity", "1.5"], "--actor-sparsity must be at least 0.0 and at most 1.0, not 1.5"),
+        (["--nstep", "0"], "--nstep must be at least 1"),
+    ],
+)
+def test_bad_input_is_one_line(rlx2, cli, tmp_path, flags, line):
+    code, out, err = cli(rlx2, "--no-track", "--runs-dir", tmp_path / "runs", *flags)
+    assert code == 2 and out == "" and err.startswith(f"error: {line}") and err.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_a_run_does_not_come_to_is_a_warning(rlx2, cli, tmp_path):
+    runs = ["--no-track", "--runs-dir", tmp_path, "--mask-update-interval", 100, "--delay-nstep", 101]
+    runs += ["--buffer-min-size", 200]
+    code, out, err = cli(rlx2, *runs, "--total-timesteps", "200")
+    assert code == 0 and [line.split(": ")[1].split(",")[0] for line in err.splitlines()] == [
+        "the topology never changes",
+        "--delay-nstep is beyond the run",
+        "--buffer-min-size is never passed",
+    ]
+    assert (
+        "a dense network with as many weights: dense_td3_continuous.py --hidden-dim 9\n" in out
+    )  # 3 H^2 + 17 H is nearest to 383
+    quiet = ["--topology", "static", "--nstep", "1", "--no-dynamic-buffer"]
+    code, _, err = cli(rlx2, *runs, *quiet, "--total-timesteps", "200")
+    assert code == 0 and err == ""
+    (folder,) = tmp_path.glob("*rlx2_td3_continuous_static_70_60__s1__*")
+    assert not any(row["replay/size"] or row["sad/qf1"] for row in read_rows(folder))
+    assert len(np.load(folder / "masks.npz")["global_step"]) == 1
+
+
+def test_a_dense_part_and_a_dense_whole(rlx2, small):
+    """Sparsity 0: nothing to mask; the actor alone; both."""
+    for actor, critic, kernel in ((0.0, 0.6, "nm"), (0.7, 0.0, "nm"), (0.0, 0.0, "torch")):
+        run = rlx2.train(small(rlx2, actor_sparsity=actor, critic_sparsity=critic))["run_dir"]
+        meta, columns = read_meta(run), read_rows(run)[0].keys()
+        assert meta["kernel"] == kernel and (meta["density"]["actor"] == 1) == (actor == 0)
+        assert ("sad/actor" in columns, "sad/qf2" in columns) == (actor > 0, critic > 0)
+
+
+def test_a_layer_that_hides_its_weight_is_an_error(rlx2, monkeypatch):
+    args, _, agent, rb, rng = make(rlx2, mask_update_interval=2)
+    weight = copy.deepcopy(agent.qf1.net.fc2.sparse_weight().detach())
+    monkeypatch.setattr(agent.qf1.net.fc2, "forward", lambda x: F.linear(x, weight))
+    rlx2.update_agent(agent, rb, args, rng, 1)
+    with pytest.raises(ValueError, match="qf1: no gradient reaches a layer"):
+        rlx2.update_agent(agent, rb, args, rng, 2)
+
+
+@pytest.fixture
+def fork(tmp_path):
+    """fork(name): this script with an edit of test_forks, imported."""
+
+    def make_fork(name):
+        text = (ROOT / "rlx2_td3_continuous.py").read_text()
+        for old, new in EDITS[name]:
+            if old.startswith("    qf_loss"):  # here it stands one level deeper
+                old, new = textwrap.indent(old, "    "), textwrap.indent(new, "    ")
+            assert old in text, (name, old)
+            text = text.replace(old, new)
+        (tmp_path / "fork").mkdir()
+        path = tmp_path / "fork" / "rlx2_td3_continuous.py"
+        path.write_text(text)
+        return load(path)
+
+    return make_fork
+
+
+NAMES = "tanh", "layer norm", "residual", "third critic", "critic's forward", "layer's forward", "layer's weight"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_forks_are_computed_as_they_say(rlx2, fork, name, monkeypatch):
+    """With every kernel, over changes of the topology, which see the dense gradient of the edited network."""
+    module, results, calls = fork(name), {}, []
+    for key, script, kernel in (("nm", module, "nm"), ("torch", module, "torch"), ("unedited", rlx2, "torch")):
+        args, _, agent, rb, rng = make(script, kernel, mask_update_interval=8)
+        forward = script.chain_forward
+        with monkeypatch.context() as patch:
+            patch.setattr(script, "chain_forward", lambda *a, f=forward, k=key, **o: calls.append(k) or f(*a, **o))
+            for update in range(1, 21):
+                before = script.get_masks(agent)
+                script.update_agent(agent, rb, args, rng, update)
+                same = [torch.equal(E, before[layer]) for layer, E in script.get_masks(agent).items()]
+                assert all(same) if update % 8 else not all(same)
+        nets = {net: part for net, part in vars(agent).items() if isinstance(part, nn.Module)}
+        results[key] = {f"{net}.{k}": x for net, part in nets.items() for k, x in script.plain_state(part).items()}
+    assert calls.count("torch") == calls.count("unedited") == 0
+    assert not calls if name.startswith("layer's") else len(calls) > 80
+    assert results["nm"].keys() == results["torch"].keys()
+    for key, x in results["torch"].items():
+        assert (results["nm"][key] - x).abs().max() <= 1e-3, key
+    original = results["unedited"]
+    shared = results["torch"].keys() & original.keys()
+    assert any(
+        results["torch"][k].shape != original[k].shape or not torch.equal(results["torch"][k], original[k])
+        for k in shared
+    )
+
+
+@pytest.mark.parametrize("name", ["third critic", "layer norm"])
+def test_forks_resume(fork, small, cli, monkeypatch, name):
+    module = fork(name)
+    monkeypatch.setattr("conftest.rlx2_td3_continuous", module)  # it wants the same flags
+    whole = module.train(small(module))["run_dir"]
+    with monkeypatch.context() as patch:
+        stop_at(patch, module, 317)
+        part = module.train(small(module))["run_dir"]
+    assert cli(module, "--resume", part, small=False)[0] == 0
+    assert read_rows(whole) == read_rows(part) and read_meta(whole)["final_score"] == read_meta(part)["final_score"]
+    assert ("sad/qf3" in read_rows(whole)[0]) == (name == "third critic")
