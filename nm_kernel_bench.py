@@ -66,14 +66,16 @@ INTERVALS = (100, 1000, 10_000)  # K, updates between two masks
 # --- shared: colors ---
 # Okabe and Ito's colours first, one for each pattern everywhere.
 PATTERNS = "dense 2:4 1:4 1:8 1:16 4:8 2:8 1:2 3:4 1:32 2:16 4:16".split()
+PATTERNS += "RLx2 RigL SET static".split()  # methods without structure, whatever their sparsity
 CODES = "000000 0072B2 E69F00 009E73 CC79A7 56B4E9 D55E00 882255 AA8800 332288 6699CC 44AA99".split()
+CODES += "D62728 9467BD 17BECF 8C564B".split()
 COLORS = {pattern: f"#{code}" for pattern, code in zip(PATTERNS, CODES, strict=True)}
 
 
 def pattern_color(pattern: str) -> str:
-    """Of its numbers where it is not in COLORS, so that it is the same everywhere."""
-    n, _, m = pattern.partition(":")
-    return COLORS.get(pattern) or to_hex(colormaps["turbo"]((37 * int(n) + 11 * int(m)) % 97 / 97))
+    """Of its letters where it is not in COLORS, so that it is the same everywhere."""
+    found = COLORS.get(pattern) or COLORS.get(pattern.split()[0])
+    return found or to_hex(colormaps["turbo"](sum(37**i * ord(x) for i, x in enumerate(pattern)) % 97 / 97))
 
 
 # --- end shared ---
@@ -86,7 +88,8 @@ class Args:
     device: Literal["cpu", "cuda"] = "cpu"
     """where layers are timed; with --end-to-end, cuda adds runs of the scripts on the GPU"""
     patterns: tuple[str, ...] | None = None
-    """N:M patterns, 1 <= N < M <= 32768; unless named 2:4 1:4 1:8, and for layers also 4:8 2:8 1:16"""
+    """N:M, 1 <= N < M <= 32768, or for layers on a CPU a sparsity without structure, such as 95%; unless named 2:4 1:4
+    1:8, for layers also 4:8 2:8 1:16, on a CPU also 85% 90% 95% 98%"""
     repetitions: int = 5
     """timings of each product, or runs of each configuration, >= 1"""
     widths: tuple[int, ...] = (128, 256, 512, 1024, 2048)
@@ -97,6 +100,8 @@ class Args:
     """with --end-to-end: gymnasium id of the environment"""
     hidden_dims: tuple[int, ...] = (256,)
     """with --end-to-end: units in both hidden layers, 1 to 4096; of further numbers only dense and N:M are timed"""
+    labels: tuple[str, ...] | None = None
+    """with --end-to-end: time only these of its configurations, as they stand in its table; unless named all"""
     steps: int = 3000
     """with --end-to-end: environment steps with updates in each run, >= 2000; the first 1000 are not counted"""
     out: str | None = None
@@ -117,7 +122,8 @@ def fail(message: str, code: int = 2) -> NoReturn:
 
 def check_args(args: Args) -> None:
     """Fill in the defaults that depend on other flags; end the program at a bad value."""
-    layers = () if args.end_to_end else ("4:8", "2:8", "1:16")
+    anywhere = args.device == "cpu" and not args.end_to_end  # what has no structure is timed there
+    layers = () if args.end_to_end else ("4:8", "2:8", "1:16", *("85%", "90%", "95%", "98%") * anywhere)
     args.patterns = tuple(dict.fromkeys(("2:4", "1:4", "1:8", *layers) if args.patterns is None else args.patterns))
     args.widths, args.batch_sizes = tuple(sorted({*args.widths})), tuple(sorted({*args.batch_sizes}))
     kernels = "kernels_cuda" if args.device == "cuda" else "kernels"
@@ -128,8 +134,11 @@ def check_args(args: Args) -> None:
             fail(f"--{name.replace('_', '-')} takes numbers from 1 to {high}, not {values}")
     for pattern in args.patterns or ("",):
         match = re.fullmatch(r"([0-9]{1,5}):([0-9]{1,5})", pattern)
-        if not (match and 1 <= int(match[1]) < int(match[2]) <= 32_768):
-            fail(f"--patterns takes N:M with 1 <= N < M <= 32768, not {pattern or 'none'}")
+        share = re.fullmatch(r"0*([0-9]{1,2}(\.[0-9]{1,4})?)%", pattern)
+        if not (share and anywhere if "%" in pattern else match and 1 <= int(match[1]) < int(match[2]) <= 32_768):
+            fail(
+                f"--patterns takes N:M with 1 <= N < M <= 32768, for layers on a CPU also 95%, not {pattern or 'none'}"
+            )
     if args.repetitions < 1 or args.steps < 2000:
         fail("--repetitions must be at least 1, --steps at least 2000")
     if args.env_id not in gym.registry:
@@ -144,13 +153,16 @@ def check_args(args: Args) -> None:
 
 
 def parse(pattern: str) -> tuple[int, int]:
-    """N and M of a pattern; 1 and 1 of "", which is dense."""
+    """N and M of an N:M pattern; 1 and 1 of "", which is dense."""
     n, m = (pattern or "1:1").split(":")
     return int(n), int(m)
 
 
-def count_kept(inputs: int, outputs: int, n: int, m: int) -> int:
+def count_kept(inputs: int, outputs: int, pattern: str) -> int:
     """Active weights of a layer. The last group of a row may be short."""
+    if "%" in pattern:
+        return inputs * outputs - int(float(pattern[:-1]) / 100 * inputs * outputs)
+    n, m = parse(pattern)
     return outputs * (n * (inputs // m) + min(n, inputs % m))
 
 
@@ -169,6 +181,14 @@ def project(W: torch.Tensor, n: int, m: int) -> torch.Tensor:
 
 
 # --- end shared ---
+
+
+def make_mask(W: torch.Tensor, pattern: str) -> torch.Tensor:
+    """E [out, in]: N:M, or of a sparsity such as 95% the largest weights of the layer, wherever they are."""
+    if "%" not in pattern:
+        return project(W, *parse(pattern))
+    largest = W.abs().flatten().argsort(descending=True, stable=True)[: count_kept(*W.T.shape, pattern)]
+    return torch.zeros(W.numel(), dtype=torch.bool).index_fill(0, largest, True).view_as(W)
 
 
 # --- Products of one layer on the CPU -----------------------------------------------------------------------------
@@ -241,9 +261,9 @@ def cpu_implementations(tensors: Sequence[torch.Tensor], patterns: Sequence[str]
         rounded = [tensor.bfloat16() for tensor in tensors]
         yield "dense bf16", "", partial(dense_products, *DENSE["dense torch"], *rounded), exact_products(*rounded)
     for pattern in patterns:
-        E = project(tensors[0], *parse(pattern))
+        E = make_mask(tensors[0], pattern)
         exact_nm = exact_products(*tensors, E)
-        yield "N:M", pattern, partial(nm_products, E, *tensors), exact_nm
+        yield "any" if "%" in pattern else "N:M", pattern, partial(nm_products, E, *tensors), exact_nm
         yield "torch CSR", pattern, partial(csr_products, E, *tensors), exact_nm
     yield "dense again", "", partial(dense_products, *DENSE["dense torch"], *tensors), exact  # shows noise
 
@@ -424,7 +444,7 @@ def layer_rows(times: dict[tuple, list[float]], place: dict[str, int], peaks: di
         calls = GRAPH_CALLS if "graph" in implementation else 1
         for product, values in own.items():
             low, us, high = np.percentile(values, [25, 50, 75]) * 1e6 / calls
-            work = (3 if product == "all three" else 1) * 2 * batch * count_kept(inputs, outputs, *parse(pattern))
+            work = (3 if product == "all three" else 1) * 2 * batch * count_kept(inputs, outputs, pattern)
             gflops = work / us / 1e3  # of the weights kept
             share = gflops / peaks.get(precision(implementation), math.nan)
             numbers = {"us": us, "us_q1": low, "us_q3": high, "gflops": gflops, "share_of_peak": share}
@@ -458,7 +478,7 @@ def measure_actor(args: Args, content: dict) -> None:
     for pattern in args.patterns:
         net, chain, params = copy.deepcopy(dense), (), []
         for layer, own in ((net[0], pattern), (net[2], pattern), (net[4], "")):
-            E = project(layer.weight, *parse(own))
+            E = make_mask(layer.weight, own)
             layer.weight *= E
             chain += ((Index(E), layer is not net[4]),)
             params += layer.weight[E], layer.bias
@@ -466,7 +486,10 @@ def measure_actor(args: Args, content: dict) -> None:
         if complaint := check(function()[0], copy.deepcopy(net).double()(x.double()), "N:M"):
             content["wrong"].append(f"actor with {pattern}: {complaint}")
         else:
-            actors["N:M", pattern] = function, sum(6 * index.nnz + 4 * index.rows for index, _ in chain)
+            actors["any" if "%" in pattern else "N:M", pattern] = (
+                function,
+                sum(6 * index.nnz + 4 * index.rows for index, _ in chain),
+            )
     times = {key: [] for key in actors}
     for key, (function, _) in list(actors.items()) * 300 * args.repetitions:
         function()
@@ -480,7 +503,7 @@ def measure_actor(args: Args, content: dict) -> None:
 def measure_masks(args: Args, content: dict) -> None:
     """Cost of a new mask of a square layer, and its share of training that layer at several K."""
     for trained in (row for row in main_rows(content["layers"]) if row["batch"] == max(args.batch_sizes)):
-        if trained["inputs"] == trained["outputs"] and trained["product"] == "all three":
+        if trained["inputs"] == trained["outputs"] and trained["product"] == "all three" and ":" in trained["pattern"]:
             W, (n, m) = torch.randn(trained["inputs"], trained["inputs"]), parse(trained["pattern"])
             E = project(W, n, m)
             steps = {("project_us",): partial(project, W, n, m), ("index_us",): lambda W=W, E=E: (Index(E), W[E])}
@@ -537,7 +560,7 @@ def main_rows(rows: list[dict]) -> list[dict]:
     """What counts of N:M: all three products; forward at batch 1 and on a GPU, whose library lacks grad-weight."""
     found = {}
     for row in rows:  # "all three" comes after "forward" and replaces it
-        if row["implementation"] in ("N:M", "sparse bf16, graph") and row["product"] in ("forward", "all three"):
+        if row["implementation"] in ("N:M", "any", "sparse bf16, graph") and row["product"] in ("forward", "all three"):
             found[row["inputs"], row["outputs"], row["batch"], row["pattern"]] = row
     return list(found.values())
 
@@ -611,7 +634,8 @@ The peak is {peaks} ({source}). The memory moves {found["read_gbs"]:.0f} GB/s. {
 ## How many times as fast as dense
 
 In training a layer needs three products: forward, grad-input (the gradient of its inputs) and grad-weight (that of its
-weights and biases; N:M computes the active weights' alone). A cell says how many times as fast they are, at batch 1
+weights and biases; of sparse layers the active weights' alone). 95% is a layer that keeps 5 % of its weights, wherever
+they are; the kernels are the same. A cell says how many times as fast they are, at batch 1
 (acting) forward alone, as {" / as ".join(BASES[base][0] for base in bases)}. N:M pays where it is above 1.
 
 {ON_A_GPU if found["gpu"] else BEST_FP32}
@@ -672,21 +696,22 @@ def draw_speedup(content: dict) -> Figure:
     ax, widths = figure.subplots(), sorted({row["inputs"] for row in rows})
     for i, pattern in enumerate(dict.fromkeys(row["pattern"] for row in rows)):  # 2:4 is seen beneath 4:8
         points = [(row["inputs"], row[base] or math.nan) for row in rows if row["pattern"] == pattern]
-        (n, m), color = parse(pattern), pattern_color(pattern)
+        color, ideal_ratio = pattern_color(pattern), 2**20 / count_kept(1024, 1024, pattern)
         ax.plot(
             *zip(*points, strict=True),
             color=color,
             marker="o",
             markersize=3 + 6 / (i + 1),
             linewidth=1 + 3 / (i + 1),
+            linestyle="--" if "%" in pattern else "-",
             label=pattern,
         )
-        ax.axhline(min(m / n, 2) if gpu else m / n, color=color, linestyle=":", linewidth=0.8)
+        ax.axhline(min(ideal_ratio, 2) if gpu else ideal_ratio, color=color, linestyle=":", linewidth=0.8)
     ax.axhline(1, color="black", linewidth=0.8, label=f"as fast as {BASES[base][0]}")
     ax.set_xscale("log", base=2)
     ax.set_yscale("log", base=2)
     ax.set_xticks(widths, map(str, widths))
-    ax.set_yticks([0.5, 1, 2, 4, 8, 16], ["½", "1", "2", "4", "8", "16"])
+    ax.set_yticks([0.5, 1, 2, 4, 8, 16, 32, 64], ["½", "1", "2", "4", "8", "16", "32", "64"])
     ax.set_xlabel("inputs and outputs of the layer")
     ax.set_ylabel(f"times as fast as {BASES[base][0]} (dotted: {ideal})")
     ax.grid(alpha=0.3, linewidth=0.5)
@@ -749,6 +774,10 @@ library.impl("addmm", addmm, "CPU")
 """
 
 
+# Sparsities of actor and critics, in percent, at which RLx2 was published (arXiv 2205.15043, Table 2).
+RLX2 = {"HalfCheetah": (90, 85), "Hopper": (98, 95), "Walker2d": (97, 95), "Ant": (96, 88)}
+
+
 class Run(NamedTuple):
     command: list[str]
     cores: int = 1
@@ -760,11 +789,11 @@ def narrow_hidden_dim(env_id: str, hidden_dim: int, pattern: str) -> int:
     env = gym.make(env_id)
     obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
 
-    def count(units: int, n: int = 1, m: int = 1) -> int:  # output layers are dense
-        first = count_kept(obs_dim, units, n, m) + 2 * count_kept(obs_dim + action_dim, units, n, m)
-        return first + 3 * count_kept(units, units, n, m) + (action_dim + 2) * units + 6 * units  # the last: biases
+    def count(units: int, own: str = "") -> int:  # output layers are dense
+        first = count_kept(obs_dim, units, own) + 2 * count_kept(obs_dim + action_dim, units, own)
+        return first + 3 * count_kept(units, units, own) + (action_dim + 2) * units + 6 * units  # the last: biases
 
-    return min(range(1, hidden_dim + 1), key=lambda units: abs(count(units) - count(hidden_dim, *parse(pattern))))
+    return min(range(1, hidden_dim + 1), key=lambda units: abs(count(units) - count(hidden_dim, pattern)))
 
 
 def configurations(args: Args) -> dict[str, Run]:
@@ -788,6 +817,11 @@ def configurations(args: Args) -> dict[str, Run]:
     found[f"dense, as many weights as {last}"] = Run(train("", narrow))
     found |= {pattern: Run(train(pattern, hidden)) for pattern in args.patterns}
     found[f"{last}, --kernel torch"] = Run(train(last, hidden, "--kernel=torch"))
+    actor, critic = RLX2.get(args.env_id.partition("-")[0], RLX2["Ant"])
+    rlx2 = [str(HERE / "rlx2_td3_continuous.py"), *flags, f"--hidden-dim={hidden}"]
+    rlx2 += [f"--actor-sparsity={actor / 100}", f"--critic-sparsity={critic / 100}"]
+    found[f"RLx2 {actor}/{critic}"] = Run([*rlx2, "--delay-nstep=0"])
+    found[f"RLx2 {actor}/{critic}, one-step targets"] = Run(rlx2)
     peers = {label: module for label, module in PEERS.items() if importlib.util.find_spec(module)}
     for label, module in peers.items():
         found[label] = Run(["-c", PEER, module, args.env_id, str(hidden), str(args.steps)])
@@ -798,7 +832,9 @@ def configurations(args: Args) -> dict[str, Run]:
         found |= {f"{label}, hidden {units}": Run(train(pattern, units)) for label, pattern in patterns.items()}
     if args.device == "cuda":
         found |= {f"{label}, GPU": Run(train(p, hidden, "--device=cuda")) for label, p in patterns.items()}
-    return found
+    if unknown := set(args.labels or ()) - found.keys():
+        fail(f"--labels takes {', '.join(map(repr, found))}, not {unknown.pop()!r}")
+    return {label: run for label, run in found.items() if args.labels is None or label in args.labels}
 
 
 def run_once(run: Run) -> tuple[float, float | None, float]:
@@ -895,6 +931,7 @@ def first_rows(content: dict) -> list[dict]:
     best = max(dense, key=lambda label: rows[label]["rate"], default="")
     names = {"dense": "dense", f"best dense fp32 ({'oneDNN' if 'oneDNN' in best else 'torch'})": best}
     names |= {label: label for label in (*PEERS, *content["conditions"]["args"]["patterns"])}
+    names |= {label: label for label in rows if label.startswith("RLx2")}
     return [rows[label] | {"name": name} for name, label in names.items() if label in rows]
 
 
@@ -931,6 +968,7 @@ count. Numbers are medians of {min(map(len, content["rate_update_ms_peak_mib"].v
 - bf16 autocast: the dense script in torch's autocast, whose layers compute in bfloat16
 - as many weights as: dense with hidden layers of {content.get("narrow_hidden_dim", "fewer")} units, which make as many
   parameters as are active with that pattern, or nearly
+- RLx2 96/88: rlx2_td3_continuous.py with 96 % of the actor's and 88 % of the critics' weights zero, three-step targets
 - --kernel torch: the N:M script without the kernels, with products of the masked dense matrix
 - SB3, SBX: the TD3 of stable-baselines3 and of sbx-rl, which runs on JAX, with the same networks, batch and updates
 - 2 threads: on as many cores, where all others have one; two runs at once: each on a core, their steps/s added up

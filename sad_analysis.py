@@ -105,7 +105,7 @@ def final_score(evaluations: list[list]) -> float:
 # --- end shared ---
 
 
-SCRIPTS = ("dense_td3_continuous.py", "rnm_td3_continuous.py")  # others are forks
+SCRIPTS = ("dense_td3_continuous.py", "rnm_td3_continuous.py", "rlx2_td3_continuous.py")  # others are forks
 # What must agree between runs that are compared.
 SETTING = """env_id total_timesteps learning_rate buffer_size gamma tau batch_size policy_noise exploration_noise
     noise_clip learning_starts policy_frequency eval_interval eval_episodes""".split()
@@ -113,6 +113,9 @@ SETTING = """env_id total_timesteps learning_rate buffer_size gamma tau batch_si
 NEUTRAL = """exp_name seed runs_dir track wandb_project_name wandb_entity capture_video resume evaluate keep_replay
     checkpoint_interval kernel threads device""".split()
 DEFAULTS = {"mask_update_interval": 1000, "sparse_head": False, "hidden_dim": 256}  # not named in a label
+RLX2 = {"mask_update_interval": 10_000, "drop_fraction": 0.5, "delay_nstep": 300_000, "buffer_min_size": 100_000}
+RLX2 |= {"buffer_check_interval": 10_000, "buffer_threshold": 0.2}  # of rlx2_td3_continuous.py
+IN_PATTERN = "n m topology nstep dynamic_buffer actor_sparsity critic_sparsity".split()  # what a pattern names
 WORDS = {"mask_update_interval": "K = {}", "sparse_head": "sparse head", "hidden_dim": "width {}"}
 
 
@@ -126,7 +129,7 @@ class Run:
     masks: dict[str, pd.DataFrame]  # by network: SAD_{i:j} between snapshots, share of active weights, by steps [S, S]
     curves: pd.DataFrame  # of read_masks, by the steps of the snapshots
     setting: tuple  # (name, value) of what must agree between runs that are compared
-    pattern: str  # "dense", "1:8"
+    pattern: str  # "dense", "1:8", "RLx2 96/88"
     width: int
     fork: str  # what is not the project's own: script, exp_name, groups; such as "my_fork.py"
     code: str  # "code 3fa9c1"
@@ -154,6 +157,19 @@ def find_folders(patterns: tuple[str, ...]) -> list[Path]:
     return sorted(found)
 
 
+def find_pattern(meta: dict) -> str:
+    """Such as "dense", "1:8"; without structure the method and the sparsities of actor and critics, in percent."""
+    args = meta["args"]
+    if meta["n"]:
+        return f"{meta['n']}:{meta['m']}"
+    if "topology" not in args or meta.get("pattern") == "dense":
+        return meta.get("pattern", "dense")
+    words = [{"rigl": "RigL", "set": "SET"}.get(args["topology"], args["topology"])]
+    words += [f"n = {args['nstep']}"] * (args["nstep"] > 1) + ["dynamic buffer"] * args["dynamic_buffer"]
+    name = "RLx2" if words == ["RigL", "n = 3", "dynamic buffer"] else " + ".join(words)
+    return f"{name} {100 * args['actor_sparsity']:g}/{100 * args['critic_sparsity']:g}"
+
+
 def load_run(folder: Path) -> Run:
     """Raises UserError with the reason if the run can't be used, other errors if a file is not as it should be."""
     meta = json.loads((folder / "meta.json").read_text())
@@ -161,28 +177,31 @@ def load_run(folder: Path) -> Run:
         raise UserError(f"not finished (exit reason: {meta['exit_reason']})")
     frame = pd.read_csv(folder / "metrics.csv").astype(float)
     metrics = frame.groupby(frame.pop("global_step").astype(int)).last()  # W&B has rows twice after a resume
-    args, n, m, script = meta["args"], meta["n"], meta["m"], meta["script"]
+    args, script = meta["args"], meta["script"]
     if metrics.index[-1] != args["total_timesteps"]:
         raise UserError(f"damaged: metrics.csv ends at step {metrics.index[-1]} of {args['total_timesteps']}")
     evaluations = metrics["eval/episodic_return"].dropna()
     score = final_score([list(pair) for pair in evaluations[evaluations.index > 0].items()])
     if not math.isclose(score, meta["final_score"], rel_tol=1e-9, abs_tol=1e-9):
         raise UserError(f"damaged: final score {meta['final_score']} in meta.json, {score} in metrics.csv")
-    masks, curves, rowwise = read_masks(folder / "masks.npz", n, m, metrics) if n else ({}, pd.DataFrame(), True)
+    masks, curves, rowwise, pattern = {}, pd.DataFrame(), True, find_pattern(meta)
+    if pattern != "dense":
+        masks, curves, rowwise = read_masks(folder / "masks.npz", meta, metrics)
     versions = [part["versions"]["mujoco"].split(".")[:2] for part in (meta, *meta.get("resumed", []))]
     physics = " then ".join(dict.fromkeys(map(".".join, versions)))  # of a run that was resumed with another one: both
     setting = (*((name, args.get(name)) for name in SETTING), ("mujoco", physics))
     fork = [script] * (script not in SCRIPTS) + [args["exp_name"]] * (args["exp_name"] != Path(script).stem)
-    fork += [f"masks not {n}:{m} along rows"] * (not rowwise)
+    fork += [f"masks not {pattern} along rows"] * (not rowwise)
     code = f"code {meta['code'][:6]}" if "code" in meta else "commit b4ac3f7"  # the last one without a hash
     minutes = metrics["charts/wall_time_s"].iloc[-1] / 60
     machine = f"{meta['hardware']}, {count(meta['threads'], 'thread')}"
-    kind = f"{n}:{m}" if n else "dense", args.get("hidden_dim"), ", ".join(fork), code, flops_per_update(meta)
+    kind = pattern, args.get("hidden_dim"), ", ".join(fork), code, flops_per_update(meta)
     return Run(meta["run_name"], folder, meta, args, metrics, masks, curves, setting, *kind, minutes, machine)
 
 
-def read_masks(path: Path, n: int, m: int, metrics: pd.DataFrame) -> tuple[dict, pd.DataFrame, bool]:
-    """SAD between any two masks, by network; curves of ever_and_age; whether the first and last are N:M along rows."""
+def read_masks(path: Path, meta: dict, metrics: pd.DataFrame) -> tuple[dict, pd.DataFrame, bool]:
+    """SAD between any two masks, by network; curves of ever_and_age; whether the first and last are N:M along rows
+    (True where they need not be)."""
     with np.load(path, allow_pickle=False) as file:
         data = dict(file)
     steps, nets = data["global_step"], {}
@@ -194,7 +213,10 @@ def read_masks(path: Path, n: int, m: int, metrics: pd.DataFrame) -> tuple[dict,
         if key.startswith("sad_initial/") and len(logged) and abs(logged.iloc[-1] - value) > 1e-9:
             raise UserError(f"damaged: the last {key} is {logged.iloc[-1]} in metrics.csv, {value} from masks.npz")
     for name, E in masks.items():
-        if (E.sum(axis=1) != E[0].sum()).any():
+        net, layer = name.split(".", 1)
+        known = meta["modules"][net] if not meta["n"] else ()  # of N:M the pattern tells
+        said = [part["active"] for part in known if part["name"] == layer] or [E[0].sum()]
+        if (E.sum(axis=1) != said[0]).any():
             raise UserError(f"damaged: the number of active weights of {name} changes in masks.npz")
         nets.setdefault(name.split(".")[0], []).append(E)
     pairwise, curves = {}, {}
@@ -202,7 +224,8 @@ def read_masks(path: Path, n: int, m: int, metrics: pd.DataFrame) -> tuple[dict,
         E = np.hstack(layers)  # [S, weights]
         pairwise[net] = pd.DataFrame(pairwise_sad(E), steps, steps)
         curves[f"ever/{net}"], curves[f"age_at_most/{net}"], curves[f"age_at_least/{net}"] = ever_and_age(E, steps)
-    rowwise = all(torch.equal(project(E.float(), n, m), E) for end in ends for E in end.values())
+    n, m = meta["n"], meta["m"]
+    rowwise = not n or all(torch.equal(project(E.float(), n, m), E) for end in ends for E in end.values())
     return pairwise, pd.DataFrame(curves, steps), rowwise
 
 
@@ -430,27 +453,36 @@ class Study:
 
 def method_words(run: Run) -> dict[str, str]:
     """Argument -> its name in a label, of all that tell configurations apart and are not at their default."""
-    words = {}
+    words, defaults = {}, DEFAULTS | (RLX2 if "topology" in run.args else {})
     for name in dict.fromkeys([*WORDS, *run.args]):
         value = run.args.get(name)
-        if name not in (*SETTING, *NEUTRAL, "n", "m") and value not in (None, DEFAULTS.get(name)):
+        if name not in (*SETTING, *NEUTRAL, *IN_PATTERN) and value not in (None, defaults.get(name)):
             words[name] = WORDS.get(name, f"{name} {{}}").format(value)
     if words.get("mask_update_interval") == "K = 0":
         words["mask_update_interval"] = "static masks"
     return words
 
 
+def count_active(meta: dict, biases: bool) -> int:
+    """Active parameters of the online networks, or active weights alone."""
+    if biases or "modules" not in meta:
+        return meta["params_active"]
+    return sum(part.get("active", 0) for parts in meta["modules"].values() for part in parts)
+
+
 def dense_twins(runs: list[Run]) -> dict[int, str]:
-    """Width of a narrow dense network -> the pattern that keeps as many weights (within 3 %); one for each pattern."""
+    """Width of a narrow dense network -> the pattern that keeps as many weights (within 3 %; of N:M biases count);
+    one for each pattern."""
     own, twins = [run for run in runs if not run.fork and not run.args.get("sparse_head")], {}
     for run in own:
         if run.pattern != "dense" and run.width == DEFAULTS["hidden_dim"]:
             narrow = [other for other in own if other.pattern == "dense" and other.width != run.width]
-            size = run.meta["params_active"]
-            gaps = [(abs(other.meta["params_active"] / size - 1), other.width) for other in narrow]
+            biases = bool(run.meta["n"])
+            size = count_active(run.meta, biases)
+            gaps = [(abs(count_active(other.meta, biases) / size - 1), other.width) for other in narrow]
             gap, width = min(gaps, default=(1, 0))
             if gap <= 0.03:
-                twins.setdefault(width, f"as many weights as {run.pattern}")
+                twins.setdefault(width, f"as many weights as {run.pattern.split()[-1]}")
     return twins
 
 
@@ -474,12 +506,17 @@ def configure(runs: list[Run]) -> tuple[list[Configuration], list[tuple[str, str
             replaced.append((old.name, f"same configuration and seed as the later {run.name}"))
         seeds[run.args["seed"]] = run
     groups = [(label, [seeds[seed] for seed in sorted(seeds)]) for label, seeds in found.items()]
-    groups.sort(key=lambda item: (-(item[1][0].meta["n"] or 2) / (item[1][0].meta["m"] or 1), item[0]))  # dense first
+    groups.sort(key=lambda item: (place(item[1][0]), item[0]))
     for label, group in groups:
         i = sum(c.first.pattern == group[0].pattern for c in configurations) % 8
         look = {"color": pattern_color(group[0].pattern), "linestyle": LINES[i]}
         configurations.append(Configuration(label, group, look, MARKERS[i]))
     return configurations, replaced
+
+
+def place(run: Run) -> tuple[int, float]:
+    """Dense first, N:M by density, then the others."""
+    return (0, 0.0) if run.pattern == "dense" else (1, -run.meta["n"] / run.meta["m"]) if run.meta["n"] else (2, 0.0)
 
 
 def make_studies(runs: list[Run]) -> tuple[list[Study], list[tuple[str, str]]]:
@@ -503,14 +540,16 @@ def make_studies(runs: list[Run]) -> tuple[list[Study], list[tuple[str, str]]]:
 # --- shared: colors ---
 # Okabe and Ito's colours first, one for each pattern everywhere.
 PATTERNS = "dense 2:4 1:4 1:8 1:16 4:8 2:8 1:2 3:4 1:32 2:16 4:16".split()
+PATTERNS += "RLx2 RigL SET static".split()  # methods without structure, whatever their sparsity
 CODES = "000000 0072B2 E69F00 009E73 CC79A7 56B4E9 D55E00 882255 AA8800 332288 6699CC 44AA99".split()
+CODES += "D62728 9467BD 17BECF 8C564B".split()
 COLORS = {pattern: f"#{code}" for pattern, code in zip(PATTERNS, CODES, strict=True)}
 
 
 def pattern_color(pattern: str) -> str:
-    """Of its numbers where it is not in COLORS, so that it is the same everywhere."""
-    n, _, m = pattern.partition(":")
-    return COLORS.get(pattern) or to_hex(colormaps["turbo"]((37 * int(n) + 11 * int(m)) % 97 / 97))
+    """Of its letters where it is not in COLORS, so that it is the same everywhere."""
+    found = COLORS.get(pattern) or COLORS.get(pattern.split()[0])
+    return found or to_hex(colormaps["turbo"](sum(37**i * ord(x) for i, x in enumerate(pattern)) % 97 / 97))
 
 
 # --- end shared ---
@@ -584,7 +623,7 @@ def draw_sad(study: Study, resamples: int) -> Figure:
 
 
 def draw_layers(study: Study, resamples: int) -> Figure:
-    """1: the same by layer, the first N:M layer of each network in the first rows."""
+    """1: the same by layer, the first sparse layer of each network in the first rows."""
     keys = dict.fromkeys(key for c in study.moving for run in c.runs for key in run.metrics)
     layers = [[key.removeprefix("sad/") for key in keys if key.startswith(f"sad/{net}/")] for net in study.nets]
     return draw_curves(study, "How masks change, by layer", SADS, [*itertools.zip_longest(*layers)], resamples)
@@ -659,10 +698,10 @@ def draw_interval(study: Study, resamples: int) -> Figure | None:
 
 
 def draw_returns(study: Study, resamples: int) -> Figure:
-    """5: learning curves over steps and over training time; a row for up to three configurations of one pattern."""
+    """5: learning curves over steps and over training time; a row for up to three configurations of one sparsity."""
     patterns = {}
     for c in study.configurations:
-        patterns.setdefault(c.first.pattern, []).append(c)
+        patterns.setdefault(c.first.pattern.split()[-1], []).append(c)  # "RLx2 96/88" beside "SET 96/88"
     dense = patterns.pop("dense", [])
     rows = [[*dense, *own[i : i + 3]] for own in patterns.values() for i in range(0, len(own), 3)] or [dense]
     size = len(rows), 2, 1.4 + 2 * len(rows) + 0.08 * len(study.configurations)
@@ -735,12 +774,12 @@ def span(row: dict, key: str) -> str:
 
 
 def correlation_texts(study: Study, resamples: int) -> list[str]:
-    """For each N:M pattern and for all together; static masks, which have no SAD, are left out."""
+    """For each pattern and for all together; static masks, which have no SAD, are left out."""
     groups, texts = {}, []
     for c in study.moving:
         groups.setdefault(c.first.pattern, []).append(study.pairs(c))
     if len(groups) > 1:
-        groups["all N:M"] = [*itertools.chain(*groups.values())]
+        groups["all"] = [*itertools.chain(*groups.values())]
     for name, found in groups.items():
         found = [pairs for pairs in found if len(pairs) > 1 and (np.ptp(pairs, axis=0) > 0).all()]
         total = sum(map(len, found))

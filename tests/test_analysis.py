@@ -156,7 +156,7 @@ def test_correlation_texts(tmp_path):
     two, one, every = sa.correlation_texts(study, 100)
     assert two.startswith("2:4: rank correlation ") and "], 12 runs of 2 configurations" in two
     assert one.startswith("1:4: rank correlation ") and "(too few runs to conclude), 6 runs of 1 configuration" in one
-    assert every.startswith("all N:M: rank correlation ") and every.endswith("18 runs of 3 configurations")
+    assert every.startswith("all: rank correlation ") and every.endswith("18 runs of 3 configurations")
 
 
 def test_sad_age_and_settling_by_hand():
