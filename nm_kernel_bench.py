@@ -135,7 +135,11 @@ def check_args(args: Args) -> None:
     for pattern in args.patterns or ("",):
         match = re.fullmatch(r"([0-9]{1,5}):([0-9]{1,5})", pattern)
         share = re.fullmatch(r"0*([0-9]{1,2}(\.[0-9]{1,4})?)%", pattern)
-        if not (share and anywhere if "%" in pattern else match and 1 <= int(match[1]) < int(match[2]) <= 32_768):
+        if not (
+            share and anywhere and float(share[1])
+            if "%" in pattern
+            else match and 1 <= int(match[1]) < int(match[2]) <= 32_768
+        ):
             fail(
                 f"--patterns takes N:M with 1 <= N < M <= 32768, for layers on a CPU also 95%, not {pattern or 'none'}"
             )

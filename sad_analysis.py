@@ -508,8 +508,9 @@ def configure(runs: list[Run]) -> tuple[list[Configuration], list[tuple[str, str
     groups = [(label, [seeds[seed] for seed in sorted(seeds)]) for label, seeds in found.items()]
     groups.sort(key=lambda item: (place(item[1][0]), item[0]))
     for label, group in groups:
-        i = sum(c.first.pattern == group[0].pattern for c in configurations) % 8
-        look = {"color": pattern_color(group[0].pattern), "linestyle": LINES[i]}
+        color = pattern_color(group[0].pattern)
+        i = sum(c.look["color"] == color for c in configurations) % 8
+        look = {"color": color, "linestyle": LINES[i]}
         configurations.append(Configuration(label, group, look, MARKERS[i]))
     return configurations, replaced
 
@@ -555,7 +556,7 @@ def pattern_color(pattern: str) -> str:
 # --- end shared ---
 
 
-# Configurations of one pattern differ in the line.
+# Configurations of one colour differ in the line.
 LINES = ["-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 3)), (0, (8, 2, 1, 2))]
 MARKERS = "osD^vP*X"
 STEPS = "thousand environment steps"

@@ -1,5 +1,9 @@
 """sad_analysis.py: what is drawn, and the committed tables."""
 
+import json
+from pathlib import Path
+
+import numpy as np
 import pytest
 from conftest import ROOT
 from test_analysis import load, make_run, run
@@ -45,3 +49,44 @@ def test_committed_tables_are_what_the_committed_runs_give(monkeypatch, capsys, 
     code, _, err = run(monkeypatch, capsys, folder, "--no-track", "--out", tmp_path)
     assert code == 0 and not err
     assert (tmp_path / "summary.md").read_text() == (folder / "summary.md").read_text()
+
+
+def test_topologies_without_structure_beside_nm(dense, rnm, rlx2, small, monkeypatch, capsys, tmp_path):
+    """Real runs of all three scripts: names, order, the equally small dense network, figures, thinning, damage."""
+    plain = {"nstep": 1, "dynamic_buffer": False}
+    runs = {"runs_dir": str(tmp_path / "runs")}
+    default = {"mask_update_interval": 10_000, "delay_nstep": 300_000, "buffer_min_size": 100_000}
+    default |= {"buffer_check_interval": 10_000, "buffer_threshold": 0.2}
+    done = {"RLx2": {}, "RigL": plain, "SET": {"topology": "set", **plain}, "static": {"topology": "static", **plain}}
+    done |= {"RigL + n = 3": {"dynamic_buffer": False}, "RLx2, K = 20": {"mask_update_interval": 20}}
+    for name, options in done.items():
+        done[name] = Path(rlx2.train(small(rlx2, **runs | default | options))["run_dir"])
+    rnm.train(small(rnm, **runs, n=1, m=8, mask_update_interval=100))
+    width = 16 - 6  # what the RLx2 runs print is 9; 10 has too many weights
+    for hidden_dim in (16, 9, width):
+        dense.train(small(dense, **runs, hidden_dim=hidden_dim))
+    monkeypatch.setattr(sa, "DEFAULTS", sa.DEFAULTS | {"hidden_dim": 16})
+    code, out, err = run(monkeypatch, capsys, tmp_path / "runs", "--no-track", "--out", tmp_path / "a")
+    assert code == 0 and "skipped" not in err
+    (study,), _, _ = load(tmp_path / "runs")
+    labels = [c.label for c in study.configurations]
+    assert labels[:4] == ["dense", "dense, as many weights as 70/60", "dense, width 10", "1:8, K = 100"]
+    family = ["RLx2 70/60", "RLx2 70/60, K = 20", "RigL + n = 3 70/60", "RigL 70/60", "SET 70/60", "static 70/60"]
+    assert labels[4:] == family and all(study.dense(c).label == "dense" for c in study.configurations)
+    assert study.plain("RLx2 70/60", 16).label == "RLx2 70/60"
+    looks = [(c.look["color"], str(c.look["linestyle"])) for c in study.configurations]
+    assert len(set(looks)) == len(looks) and study.configurations[4].look["color"] == sa.COLORS["RLx2"]
+    assert len(list((tmp_path / "a").glob("*.png"))) >= 7 and out.count("| SET 70/60 | 1 |") == 1
+    assert run(monkeypatch, capsys, tmp_path / "runs", "--no-track", "--thin", tmp_path / "thin")[0] == 0
+    (thin,), _, skipped = load(tmp_path / "thin")
+    assert [c.label for c in thin.configurations] == labels and not skipped
+    with np.load(done["RLx2, K = 20"] / "masks.npz") as file:
+        arrays = dict(file)
+    arrays["qf1.fc2"][-1, 0] ^= 128  # one weight more or less
+    np.savez_compressed(done["RLx2, K = 20"] / "masks.npz", **arrays)
+    meta = json.loads((done["RigL"] / "meta.json").read_text())
+    meta["modules"]["qf1"][0]["active"] += 1
+    (done["RigL"] / "meta.json").write_text(json.dumps(meta))
+    reasons = dict(load(tmp_path / "runs")[2])
+    assert "damaged: the last sad_initial/qf1" in reasons[done["RLx2, K = 20"].name]
+    assert "the number of active weights of qf1.fc1 changes" in reasons[done["RigL"].name] and len(reasons) == 2

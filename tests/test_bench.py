@@ -34,6 +34,10 @@ BAD = [
     ("--patterns",),
     ("--patterns", "two"),
     ("--patterns", "²:4"),
+    ("--patterns", "0%"),
+    ("--patterns", "100%"),
+    ("--end-to-end", "--patterns", "95%"),
+    ("--end-to-end", "--labels", "dense", "Dense"),
     ("--hidden-dims", 0),
     ("--device", "cuda"),
     ("--end-to-end", "--device", "cuda"),
@@ -56,24 +60,28 @@ def test_flags_are_completed(tmp_path):
     args = bench.Args(end_to_end=True, out=str(tmp_path))
     bench.check_args(args)
     assert args.patterns == ("2:4", "1:4", "1:8")
+    args = bench.Args(out=str(tmp_path))
+    bench.check_args(args)
+    assert args.patterns == ("2:4", "1:4", "1:8", "4:8", "2:8", "1:16", "85%", "90%", "95%", "98%")
 
 
 def test_kernels_are_measured(monkeypatch, tmp_path, capsys):
-    assert run(monkeypatch, "--widths", 40, "--patterns", "1:4", "2:8", "--repetitions", 2, "--out", tmp_path) == 0
+    patterns = ("--patterns", "1:4", "2:8", "95%")
+    assert run(monkeypatch, "--widths", 40, *patterns, "--repetitions", 2, "--out", tmp_path) == 0
     summary = (tmp_path / "summary.md").read_text()
     assert summary in capsys.readouterr().out
     assert "## Wrong" not in summary and "## Not supported" not in summary and "Noise is" in summary
     content = json.loads((tmp_path / "results.json").read_text())
     rows = list(csv.DictReader(open(tmp_path / "results.csv")))
     dense = 4 + bench.HAS_BF16
-    assert len(rows) == len(content["layers"]) == 2 * (1 + 4) * (dense + 2 * 2)  # batch 1: forward, 256: all
+    assert len(rows) == len(content["layers"]) == 2 * (1 + 4) * (dense + 2 * 3)  # batch 1: forward, 256: all
     conditions = content["conditions"]
     assert {(row["cpu"], row["date"]) for row in rows} == {(conditions["cpu"], conditions["date"])}
     peak = conditions["peak_gflops"]["fp32"]
     assert 1 < peak < 1000 and 1 < conditions["read_gbs"] < 1000
     for row in content["layers"]:
         assert 0 < row["us_q1"] <= row["us"] <= row["us_q3"] and 0 < row["gflops"]
-        kept = {"1:4": 1 / 4, "2:8": 1 / 4, "": 1}[row["pattern"]]
+        kept = {"1:4": 1 / 4, "2:8": 1 / 4, "95%": 1 / 20, "": 1}[row["pattern"]]
         work = 2 * row["batch"] * row["inputs"] * row["outputs"] * kept * (3 if row["product"] == "all three" else 1)
         assert row["gflops"] == pytest.approx(work / row["us"] / 1e3, rel=0.03)  # 113 inputs are ragged
         if row["implementation"] == "dense bf16":
@@ -83,21 +91,32 @@ def test_kernels_are_measured(monkeypatch, tmp_path, capsys):
         if row["implementation"] == "dense torch":
             assert row["x_torch_fp32"] == 1 and row["x_best_fp32"] <= 1
     actor = {row["pattern"]: row for row in content["actor"]}
-    assert [row["implementation"] for row in content["actor"]] == ["dense torch", "dense numpy", "N:M", "N:M"]
-    assert list(actor) == ["", "1:4", "2:8"] and all(0 < row["p50_us"] <= row["p99_us"] for row in actor.values())
+    assert [row["implementation"] for row in content["actor"]] == ["dense torch", "dense numpy", "N:M", "N:M", "any"]
+    assert list(actor) == ["", "1:4", "2:8", "95%"] and all(
+        0 < row["p50_us"] <= row["p99_us"] for row in actor.values()
+    )
     assert actor[""]["bytes"] == 4 * (105 * 256 + 256 + 256 * 256 + 256 + 256 * 8 + 8)
     kept = 256 * (26 + 1) + 256 * 64 + 8 * 256  # of 105 inputs 26 groups and a single one; the output layer is dense
     assert actor["1:4"]["bytes"] == 4 * (kept + 256 + 256 + 8) + 2 * kept
     trained = {
         row["pattern"]: row["us"]
         for row in content["layers"]
-        if row["product"] == "all three" and row["implementation"] == "N:M" and row["inputs"] == 40
+        if row["product"] == "all three" and row["implementation"] in ("N:M", "any") and row["inputs"] == 40
     }
-    assert [row["pattern"] for row in content["masks"]] == ["1:4", "2:8"]
+    assert [row["pattern"] for row in content["masks"]] == ["1:4", "2:8"] and trained.keys() == {"1:4", "2:8", "95%"}
+    assert next(line for line in summary.splitlines() if line.startswith("| 40 to 40 ")).count("|") == 6
     for row in content["masks"]:
         share = (row["project_us"] + row["index_us"]) / (1000 * trained[row["pattern"]])
         assert row["batch"] == 256 and row["share_at_K_1000"] == pytest.approx(share, rel=1e-2)
     assert (tmp_path / "speedup.png").stat().st_size > 10_000
+
+
+def test_a_mask_without_structure():
+    W = torch.randn(30, 11, generator=torch.Generator().manual_seed(0))
+    E = bench.make_mask(W, "95%")
+    kept = 330 - int(0.95 * 330)
+    assert E.sum() == kept == bench.count_kept(11, 30, "95%") == 17 and W[E].abs().min() > W[~E].abs().max()
+    assert torch.equal(bench.make_mask(W, "1:4"), bench.project(W, 1, 4)) and bench.make_mask(W, "").all()
 
 
 def test_rows_by_hand():

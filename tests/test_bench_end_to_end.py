@@ -31,6 +31,7 @@ def test_end_to_end(monkeypatch, tmp_path, capsys):
 
 def test_ratios_and_failures(monkeypatch, tmp_path, capsys):
     rates = {"dense": [100.0, 300.0, 200.0], "dense, oneDNN": [400.0] * 3, "1:8": [800.0, 900.0, 1000.0]}
+    rates |= {"RLx2 96/88": [1000.0] * 3, "RLx2 96/88, one-step targets": [1100.0] * 3}
     rates |= {"dense, hidden 512": [50.0] * 3, "1:8, hidden 512": [350.0] * 3, "SB3": [150.0] * 3}
     rates |= {"dense, two runs at once": [400.0] * 3, "1:8, two runs at once": [1600.0] * 3}
     left = {label: iter(values) for label, values in rates.items()}
@@ -38,6 +39,7 @@ def test_ratios_and_failures(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(bench, "run_once", lambda label: (next(left[label]), None if label == "SB3" else 1.5, 321.0))
     assert run(monkeypatch, "--end-to-end", "--repetitions", 3, "--out", tmp_path) == 0
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in capsys.readouterr().out.splitlines()]
+    assert ["RLx2 96/88", "1,000", "5.00"] in lines and ["RLx2 96/88, one-step targets", "1,100", "5.50"] in lines
     assert ["1:8", "900", "4.50"] in lines and ["best dense fp32 (oneDNN)", "400", "2.00"] in lines
     assert (
         lines.index(["dense", "200", "1.00"])
@@ -68,7 +70,7 @@ def test_ratios_and_failures(monkeypatch, tmp_path, capsys):
     ] in lines  # against two dense
     assert ["SB3", "150", "150-150", "", "321", "0.75", "1.00", ""] in lines
     (ax,) = bench.draw_training(json.loads((tmp_path / "results.json").read_text())).axes
-    assert [bar.get_width() for bar in ax.patches] == [200, 400, 150, 900]
+    assert [bar.get_width() for bar in ax.patches] == [200, 400, 150, 900, 1000, 1100]
     assert ax.texts[-1].get_text() == "900 (4.5 times dense)" and (tmp_path / "end_to_end.png").exists()
 
 
@@ -107,6 +109,10 @@ def test_configurations(monkeypatch, tmp_path):
     wanted |= {"SB3", "SBX (JAX)", "1:8, hidden 512", "1:8, GPU"}
     assert wanted <= set(found)
     assert all("--device=cuda" in found[f"{name}, GPU"].command for name in ("dense", "2:4", "1:4", "1:8"))
+    assert found["RLx2 96/88"].command[1:] == [*found["RLx2 96/88, one-step targets"].command[1:], "--delay-nstep=0"]
+    assert {"--actor-sparsity=0.96", "--critic-sparsity=0.88"} <= {*found["RLx2 96/88"].command}
+    args.labels, args.env_id = ("dense", "RLx2 98/95"), "Hopper-v4"
+    assert [*bench.configurations(args)] == ["dense", "RLx2 98/95"]
     narrow = bench.narrow_hidden_dim("Ant-v4", 256, "1:8")
     assert f"--hidden-dim={narrow}" in found["dense, as many weights as 1:8"].command
     if bench.CORES > 1:

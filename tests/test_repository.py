@@ -135,8 +135,8 @@ def readme_commands():
                     yield words[scripts[0] :]
 
 
-def test_readme_commands_parse(dense, rnm, monkeypatch):
-    modules = {"dense_td3_continuous.py": dense, "rnm_td3_continuous.py": rnm}
+def test_readme_commands_parse(dense, rnm, rlx2, monkeypatch):
+    modules = {"dense_td3_continuous.py": dense, "rnm_td3_continuous.py": rnm, "rlx2_td3_continuous.py": rlx2}
     commands = [command for command in readme_commands() if command[0] in modules and "--help" not in command]
     assert len(commands) >= 3 and {name for name, *_ in commands} == set(modules)
     assert any("--resume" in command for command in commands)
@@ -151,18 +151,20 @@ def test_readme_commands_parse(dense, rnm, monkeypatch):
                 assert str(getattr(args, field)) == value.replace("_", "") or str(getattr(args, field)) == value
 
 
-def test_readme_names_every_flag_that_it_uses(dense, rnm):
+def test_readme_names_every_flag_that_it_uses(dense, rnm, rlx2):
     """No flag of the training scripts in the README that they do not have."""
-    known = {f.name for f in dataclasses.fields(rnm.Args)} | {f.name for f in dataclasses.fields(dense.Args)}
-    known |= {f"no_{f.name}" for f in dataclasses.fields(rnm.Args) if isinstance(f.default, bool)} | {"help"}
+    fields = [field for script in (dense, rnm, rlx2) for field in dataclasses.fields(script.Args)]
+    known = {f.name for f in fields} | {f"no_{f.name}" for f in fields if isinstance(f.default, bool)} | {"help"}
     for name, *argv in readme_commands():
         if name.endswith("_td3_continuous.py"):
             flags = {word.split("=")[0][2:].replace("-", "_") for word in argv if word.startswith("--")}
             assert flags <= known, (name, flags - known)
 
 
-def test_readme_names_every_logged_key(rnm, small):
-    run = Path(rnm.train(small(rnm, total_timesteps=1, n=1, m=4))["run_dir"])
+@pytest.mark.parametrize("options", [{"n": 1, "m": 4}, {}], ids=["rnm", "rlx2"])
+def test_readme_names_every_logged_key(rnm, rlx2, small, options):
+    module = rnm if options else rlx2
+    run = Path(module.train(small(module, total_timesteps=1, **options))["run_dir"])
     columns = (run / "metrics.csv").read_text().split("\n")[0].split(",")
     assert len(columns) > 30
     missing = {key for key in columns if not key.startswith("sad") and f"`{key}`" not in README}
