@@ -71,7 +71,7 @@ def test_ratios_and_failures(monkeypatch, tmp_path, capsys):
     assert ["SB3", "150", "150-150", "", "321", "0.75", "1.00", ""] in lines
     (ax,) = bench.draw_training(json.loads((tmp_path / "results.json").read_text())).axes
     assert [bar.get_width() for bar in ax.patches] == [200, 400, 150, 900, 1000, 1100]
-    assert ax.texts[-1].get_text() == "900 (4.5 times dense)" and (tmp_path / "end_to_end.png").exists()
+    assert ax.texts[-1].get_text() == "1,100 (5.5 times dense)" and (tmp_path / "end_to_end.png").exists()
 
 
 def test_a_failing_configuration_is_left_out(monkeypatch, tmp_path, capsys):
