@@ -1,0 +1,221 @@
+"""export_policy.py: the C policy against torch, its tables by hand, what it refuses."""
+
+import ctypes
+import json
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import export_policy as ex
+
+
+def export(monkeypatch, capsys, *argv):
+    monkeypatch.setattr(sys, "argv", ["export_policy.py", *map(str, argv)])
+    capsys.readouterr()
+    try:
+        code = ex.main()
+    except SystemExit as stop:
+        code = stop.code
+    return code, *capsys.readouterr()
+
+
+def compiled(folder, inputs, outputs, *flags):
+    """actions of observations [B, inputs] by policy.c, compiled without warnings."""
+    out = folder / "policy.so"
+    strict = ["-std=c99", "-Wall", "-Wextra", "-Werror", "-pedantic", *flags]
+    subprocess.run(["cc", *strict, "-shared", "-fPIC", str(folder / "policy.c"), "-o", str(out), "-lm"], check=True)
+    policy = ctypes.CDLL(str(out)).policy
+
+    def act(observations):
+        actions = np.empty((len(observations), outputs), np.float32)
+        for x, y in zip(np.ascontiguousarray(observations, np.float32), actions, strict=True):
+            assert x.shape == (inputs,)
+            policy(x.ctypes, y.ctypes)
+        return actions
+
+    return act
+
+
+RUNS = {  # name: script, its arguments, what stands in policy.c
+    "dense": ("dense", {}, ["static const float w1", "w2[c * 16 + r]"]),
+    "2:4": ("rnm", {"n": 2, "m": 4}, ["uint8_t p2", "% 4 * 2 & 3"]),
+    "1:2": ("rnm", {"n": 1, "m": 2}, ["uint8_t p2", "% 8 * 1 & 1"]),
+    "1:8": ("rnm", {"n": 1, "m": 8, "hidden_dim": 20}, ["uint8_t p2", "% 2 * 4 & 15"]),  # ragged: groups of 8, 8, 4
+    "3:5": ("rnm", {"n": 3, "m": 5, "sparse_head": True}, ["uint8_t p3", "% 2 * 4 & 15"]),
+    "1:17": ("rnm", {"n": 1, "m": 17, "hidden_dim": 40}, ["uint8_t p2", "/ 1]"]),
+    "4:4": ("rnm", {"n": 4, "m": 4}, ["uint8_t p2"]),
+    "RLx2": ("rlx2", {}, ["uint8_t c2", "uint16_t n2"]),
+    "wide": ("rlx2", {"hidden_dim": 300, "total_timesteps": 130}, ["uint16_t c2", "uint16_t n2"]),
+}
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_the_c_policy_is_the_policy(name, dense, rnm, rlx2, small, monkeypatch, capsys):
+    script, options, marks = RUNS[name]
+    module = {"dense": dense, "rnm": rnm, "rlx2": rlx2}[script]
+    folder = Path(module.train(small(module, **{"total_timesteps": 300} | options))["run_dir"])
+    code, out, err = export(monkeypatch, capsys, folder)
+    text = (folder / "policy.c").read_text()
+    assert code == 0 and err == "" and all(mark in text for mark in marks), text[-3000:]
+    meta = json.loads((folder / "meta.json").read_text())
+    for fact in (
+        meta["run_name"],
+        "Reach-v0",
+        str(meta["commit"]),
+        f"{meta['final_score']:.1f}",
+        "-1 to 0.5, 0.5 to 3",
+    ):
+        assert fact in text[:1000]
+    model = torch.load(folder / "model.pt", weights_only=True)
+    p = model["actor"]
+    x = torch.randn(500, 3, generator=torch.Generator().manual_seed(0)) * 3
+    h = torch.relu(x @ p["fc1.weight"].T + p["fc1.bias"])
+    h = torch.relu(h @ p["fc2.weight"].T + p["fc2.bias"])
+    wanted = torch.tanh(h @ p["fc_mu.weight"].T + p["fc_mu.bias"]) * p["action_scale"] + p["action_bias"]
+    for flags in (["-O0"], ["-O3", "-march=native"]):
+        act = compiled(folder, 3, 2, *flags)
+        assert np.abs(act(x) - wanted.numpy()).max() <= 1e-5 * 1.5
+        assert np.abs(act(model["probe"][0]) - model["probe"][1].numpy()).max() <= 1e-5
+    tables = dict(re.findall(r"static const \w+ (\w+)\[\] = \{\n(.*?)\};", text, re.DOTALL))
+    counts = {key: len(value.split(",")) for key, value in tables.items()}
+    widths = {
+        key: {"float": 4, "uint8_t": 1, "uint16_t": 2}[kind] for kind, key in re.findall(r"const (\w+) (\w+)\[", text)
+    }
+    size = sum(counts[key] * widths[key] for key in counts)
+    assert f"{size:,} bytes of tables" in text and f"{size:,} bytes" in out
+    active = [part.get("active") for part in meta["modules"]["actor"] if "active" in part]
+    assert [counts[f"w{i}"] for i in (1, 2, 3)] == active  # no inactive weight is stored
+
+
+def test_tables_by_hand():
+    W = np.zeros((2, 5), np.float32)
+    W[0, [1, 2, 4]], W[1, [0, 3, 4]] = [0.5, -2, 3], [1e-7, 4, 5]
+    mask = W != 0
+    assert ex.place_in_groups(mask, 2, 4).tolist() == [1, 2, 0, 0, 3, 0]
+    assert ex.place_in_groups(mask, 1, 4) is None and ex.place_in_groups(~mask, 2, 4) is None
+    layer = ex.Layer("fc", W, np.array([0.1, 0], np.float32), mask, "relu")
+    text, loops, size = ex.write_layer(1, layer, 2, 4, "x", "y")
+    assert "static const uint8_t p1[] = {\n9,12};" in text  # 1 + 2 * 4 and 0 + 3 * 4; the third is 0
+    assert "5.0e-01f,-2.0e+00f,3.0e+00f,1.0e-07f,4.0e+00f,5.0e+00f" in text and "fc: 5 to 2, 6 weights" in text
+    assert size == 4 * (6 + 2) + 2 and "y[r] > 0" in loops
+    text, _, size = ex.write_layer(1, layer, None, None, "x", "y")
+    assert "c1[] = {\n1,2,4,0,3,4};" in text and "n1[] = {\n3,3};" in text and size == 4 * 8 + 6 + 2 * 2
+    values = np.random.default_rng(0).normal(size=1000).astype(np.float32)
+    words = ex.table("float", "t", values).partition("{\n")[2].replace("};", "").replace("f", "").split(",")
+    assert np.array_equal(np.array(words, np.float32), values)  # digits enough
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory, request):  # noqa: ARG001
+    import rnm_td3_continuous as rnm
+
+    rnm_report, rnm.hardware_report = rnm.hardware_report, lambda *_: None
+    options = {"total_timesteps": 150, "learning_starts": 100, "hidden_dim": 16, "batch_size": 16, "eval_episodes": 1}
+    args = rnm.Args("rnm", env_id="Reach-v0", track=False, runs_dir=str(tmp_path_factory.mktemp("runs")), **options)
+    folder = Path(rnm.train(args)["run_dir"])
+    rnm.hardware_report = rnm_report
+    return folder
+
+
+@pytest.fixture
+def run(trained, tmp_path):
+    return shutil.copytree(trained, tmp_path / "run")
+
+
+def edit_meta(folder, change):
+    meta = json.loads((folder / "meta.json").read_text())
+    change(meta)
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
+def edit_model(folder, change):
+    content = torch.load(folder / "model.pt", weights_only=True)
+    change(content)
+    torch.save(content, folder / "model.pt")
+
+
+FAULTS = {
+    "no folder": (lambda f: shutil.rmtree(f), "holds no policy"),
+    "no model": (lambda f: (f / "model.pt").unlink(), "holds no policy"),
+    "torn model": (lambda f: (f / "model.pt").write_bytes((f / "model.pt").read_bytes()[:5000]), "holds no policy"),
+    "torn masks": (lambda f: (f / "masks.npz").write_bytes((f / "masks.npz").read_bytes()[:300]), "holds no policy"),
+    "torn meta": (lambda f: (f / "meta.json").write_text("{"), "holds no policy"),
+    "norm": (
+        lambda f: edit_meta(f, lambda m: m["modules"]["actor"][1].update(type="LayerNorm")),
+        "relu1 is a LayerNorm",
+    ),
+    "residual": (lambda f: edit_model(f, lambda c: c["probe"][1].add_(0.3)), "does not act as its network did"),
+    "no ReLU": (lambda f: edit_meta(f, lambda m: m["modules"]["actor"].pop(1)), "does not act as its network did"),
+    "other mask": (
+        lambda f: edit_model(f, lambda c: c["actor"]["fc2.weight"].add_(1.0)),
+        "does not act as its network",
+    ),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_what_is_no_chain_is_refused(run, fault, monkeypatch, capsys):
+    change, reason = FAULTS[fault]
+    change(run)
+    code, out, err = export(monkeypatch, capsys, run)
+    assert code == 2 and out == "" and err.startswith("error: ") and reason in err and err.count("\n") == 1
+    assert not (run / "policy.c").exists()
+
+
+def test_an_inactive_weight_that_is_not_zero_is_refused(run, monkeypatch, capsys):
+    """Masks that are not those of the model: what they hide would be lost."""
+    with np.load(run / "masks.npz") as file:
+        arrays = dict(file)
+    arrays["actor.fc2"] = np.roll(arrays["actor.fc2"], 1, axis=1)
+    np.savez_compressed(run / "masks.npz", **arrays)
+    code, _, err = export(monkeypatch, capsys, run)
+    assert code == 2 and "masks.npz" in err and err.count("\n") == 1
+
+
+def test_a_policy_that_differs_is_kept(run, monkeypatch, capsys):
+    assert export(monkeypatch, capsys, run)[0] == 0 and export(monkeypatch, capsys, run)[0] == 0  # the same: fine
+    text = (run / "policy.c").read_text()
+    (run / "policy.c").write_text("mine")
+    code, _, err = export(monkeypatch, capsys, run)
+    assert code == 2 and "--force" in err and err.count("\n") == 1 and (run / "policy.c").read_text() == "mine"
+    assert export(monkeypatch, capsys, run, "--force")[0] == 0 and (run / "policy.c").read_text() == text
+
+
+def test_check(run, monkeypatch, capsys):
+    monkeypatch.setattr(ex, "ROUNDS", 20)
+    monkeypatch.setattr(ex.os, "sched_setaffinity", lambda *_: None)
+    code, out, err = export(monkeypatch, capsys, run, "--check")
+    assert code == 0 and err == ""
+    rows = {line.split("|")[1].strip(): line.split("|")[2:-1] for line in out.splitlines() if line.startswith("| ")}
+    assert {"policy.c", "torch eager", "torch.jit", "numpy"} <= set(rows)
+    for name, (weights, code_bytes, median, p99) in rows.items():
+        if name != "a call, one core":
+            assert 0 < float(median) <= float(p99) and bool(code_bytes.strip()) == (name == "policy.c")
+            assert int(weights.replace(",", "")) in (
+                4 * (3 * 16 + 16 + 256 + 16 + 32 + 2),
+                ex.write_c(ex.read_policy(run))[1],
+            )
+    differences = re.findall(r"Largest difference from torch, (.*): ([\d.e+-]+) of", out)
+    assert differences[0][0] == "here" and all(float(error) <= 1e-5 for _, error in differences)
+    assert ("Cortex-M4: .text" in out) == bool(shutil.which("arm-none-eabi-gcc"))
+    assert (len(differences) == 2) == bool(shutil.which(ex.ARM) and shutil.which(ex.ARM_RUN))
+    monkeypatch.setattr(ex.shutil, "which", lambda _: None)
+    out = export(monkeypatch, capsys, run, "--check")[1]
+    assert "32-bit ARM: not checked" in out and "Cortex-M4: not compiled" in out
+
+
+def test_a_check_that_fails(run, monkeypatch, capsys):
+    monkeypatch.setattr(ex, "ROUNDS", 2)
+    monkeypatch.setattr(ex.os, "sched_setaffinity", lambda *_: None)
+    monkeypatch.setitem(ex.LOOPS, "relu", "    for (int r = 0; r < {rows}; r++) {y}[r] = {y}[r] > 0.01 ? {y}[r] : 0;\n")
+    code, out, _ = export(monkeypatch, capsys, run, "--check")
+    assert code == 1 and float(re.search(r"here: ([\d.e+-]+)", out)[1]) > 1e-5
+    monkeypatch.setenv("CC", "no-such-compiler")
+    code, _, err = export(monkeypatch, capsys, run, "--check")
+    assert code == 1 and "no-such-compiler" in err and err.count("\n") == 1
