@@ -154,7 +154,7 @@ FAULTS = {
     "no ReLU": (lambda f: edit_meta(f, lambda m: m["modules"]["actor"].pop(1)), "does not act as its network did"),
     "other mask": (
         lambda f: edit_model(f, lambda c: c["actor"]["fc2.weight"].add_(1.0)),
-        "does not act as its network",
+        "masks.npz is not of the same time",
     ),
 }
 
