@@ -305,7 +305,7 @@ def onnx_actor(actor: Actor, x: np.ndarray, folder: Path) -> Callable | None:
     try:
         import onnxruntime
 
-        torch.onnx.export(actor, (torch.from_numpy(x),), str(folder / "policy.onnx"), dynamo=False)
+        torch.onnx.export(actor, (torch.from_numpy(x),), folder / "policy.onnx", dynamo=False, input_names=["x"])
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = 1
         return partial(onnxruntime.InferenceSession(folder / "policy.onnx", options).run, None)

@@ -11,21 +11,27 @@ Fujimoto, van Hoof, Meger, "Addressing Function Approximation Error in Actor-Cri
   TD3, Algorithm 1: smoothed, clipped double-Q target; delays    -> update_critics, update_actor, update_agent
 
 Train with `python rlx2_td3_continuous.py --env-id Ant-v4 --actor-sparsity 0.96 --critic-sparsity 0.88`, go on with
---resume runs/<run_name>, measure a trained policy with --evaluate runs/<run_name>. The baselines: RigL has --nstep 1
---no-dynamic-buffer, SET and static topologies --topology set or static beside these. Decisions, where the paper, its
-code (tyq1024/RLx2, commit 3f4898b) and good sense differ:
+--resume runs/<run_name>, measure a trained policy with --evaluate runs/<run_name>. Baselines, by further flags:
+  RigL    --nstep 1 --no-dynamic-buffer
+  SET     --nstep 1 --no-dynamic-buffer --topology set
+  static  --nstep 1 --no-dynamic-buffer --topology static
+Decisions, where the paper, its code (tyq1024/RLx2, commit 3f4898b) and good sense differ:
   R1  The first topology keeps the largest of the initial weights, as the code does; the paper says random.
-  R2  Delta counts a network's own updates, as in the code: the actor changes every policy_frequency * Delta steps.
+  R2  Delta counts a network's own updates and zeta falls to 0 over them, as in the code: the actor changes every
+      policy_frequency * Delta steps.
   R3  A change takes the place of that update's step of Adam, as in the code; the paper does not say so.
   R4  What was just dropped may grow again, then with its value and moments; all else grows from zero. As the code.
-  R5  Adam forgets a dropped weight. In the code its moments fade for Delta updates: the same to rounding.
+  R5  Adam forgets a dropped weight; its step count goes on, so that a grown weight moves by several learning rates at
+      first. In the code moments fade for Delta updates: the same to rounding.
   R6  Growth looks at the gradient of the network's own loss; in the code the actor's can leak into the critics'.
   R7  Targets have the online topology from the start, in the code from the second update on.
-  R8  A window of n steps ends where the episode does; a time limit bootstraps, a termination does not. No off-policy
-      correction. The switch to n steps counts updates, as in the code.
-  R9  Policy distance as in the code, to which its threshold belongs: half the mean squared difference to the noise-free
-      action at the time, in action scales; one shrink at most per check. The paper: an L2 norm, until it is below.
-  R10 Biases are dense and not counted. Evaluation and final score are those of the other scripts here.
+  R8  A window of n steps ends where the episode does; a time limit bootstraps, a termination does not. The switch to
+      n steps counts updates, as in the code.
+  R9  Policy distance as in the code, to which its threshold belongs: over the oldest 8 batches half the mean squared
+      difference to the noise-free action at the time, in action scales; one shrink at most per check. The paper: an L2
+      norm, until it is below.
+  R10 Biases are dense and not counted.
+  R11 One random stream per purpose: all scripts' runs of a seed share warm-up data (D8 of rnm_td3_continuous.py).
 """
 
 import ast
@@ -53,6 +59,7 @@ import time
 import warnings
 import zipfile
 from array import array
+from bisect import bisect_left
 from collections import Counter, OrderedDict, namedtuple
 from dataclasses import dataclass, replace
 from datetime import datetime
@@ -117,14 +124,14 @@ class Args:
     """share of the critics' weights that are zero, in [0, 1); both critics share one budget"""
     topology: Literal["rigl", "set", "static"] = "rigl"
     """where weights grow: at the largest gradients, anywhere, nowhere (the first topology stays)"""
-    mask_update_interval: Positive = 10_000
-    """updates of a network between changes of its topology (Delta), >= 1"""
+    mask_update_interval: Annotated[int, 2, 2**31] = 10_000
+    """updates of a network between changes of its topology (Delta), >= 2"""
     drop_fraction: Share = 0.5
     """share of a layer's weights that the first change drops (zeta_0), in [0, 1]; falls to 0 along a cosine"""
     nstep: Positive = 3
     """steps of the multi-step target (n), >= 1"""
     delay_nstep: Natural = 300_000
-    """updates with one-step targets before --nstep counts, >= 0"""
+    """number of the first update with --nstep, >= 0"""
     dynamic_buffer: bool = True
     """let the replay buffer forget its oldest tenth when the policy has moved away from it"""
     buffer_min_size: Positive = 100_000
@@ -185,7 +192,8 @@ class SparseLinear(nn.Module):
     @property
     def E(self) -> torch.Tensor:
         """The mask [out, in], bool."""
-        return self.positions.new_zeros(self.shape, dtype=torch.bool).put_(self.positions, self.positions >= 0)
+        E = self.positions.new_zeros(self.shape.numel(), dtype=torch.bool)
+        return E.index_fill_(0, self.positions, True).view(self.shape)
 
     def sparse_weight(self) -> torch.Tensor:
         """W~ [out, in], zero at the inactive positions; its gradient reaches the active weights alone."""
@@ -222,7 +230,7 @@ def sparsify(networks: dict[str, nn.Module], args: Args) -> dict[str, nn.Module]
             if not is_plain(linear, nn.Linear) or any(uses[id(param)] > 1 for param in linear.parameters()):
                 raise ValueError(f"sparsify does not know {path}: a subclass, a hook, or weights that are used twice")
             if density * linear.weight.numel() < 1:
-                raise UserError(f"--{name}-sparsity {sparsity} leaves {path.removeprefix('net.')} without a weight")
+                raise UserError(f"--{name}-sparsity {sparsity} leaves {path.removeprefix('net.')} less than one weight")
             kept = linear.weight.numel() - int((1 - density) * linear.weight.numel())
             parent, _, child = path.rpartition(".")
             if kept < linear.weight.numel():
@@ -233,24 +241,27 @@ def sparsify(networks: dict[str, nn.Module], args: Args) -> dict[str, nn.Module]
 def drop_fractions(args: Args, update: int) -> dict[str, float]:
     """zeta, the share of its weights that the topology of "critics" and "actor" drops at the critics' update number
     `update`, by a cosine from drop_fraction to 0; a network that does not change is not in it."""
-    if args.topology == "static" or update % args.mask_update_interval:
-        return {}
     d, last, Delta = args.policy_frequency, args.total_timesteps - args.learning_starts, args.mask_update_interval
-    own = {"critics": (update, last)} | ({} if update % d else {"actor": (update // d, last // d)})  # R2
+    own = {} if args.topology == "static" else {"critics": (update, last)}
+    own |= {} if update % d or not own else {"actor": (update // d, last // d)}  # R2
     due = {name: step / end for name, (step, end) in own.items() if step % Delta == 0 and step < end}
     return {name: args.drop_fraction / 2 * (1 + math.cos(math.pi * share)) for name, share in due.items()}
 
 
 @contextlib.contextmanager
 def dense_gradients(networks: list["Network"]):
-    """Within, layers compute with leaves W~ [out, in], whose .grad is that of all weights; yields them by layer."""
+    """Within, each layer computes in torch with the W~ [out, in] that this yields for it; its .grad is that of all
+    weights. The active weights get theirs as always."""
     layers = [layer for net in networks for layer in sparse_layers(net.online).values()]
-    weights = {layer: layer.sparse_weight().detach().requires_grad_() for layer in layers}
+    weights = {layer: layer.sparse_weight().requires_grad_() for layer in layers}
     for layer, weight in weights.items():
+        weight.retain_grad()
         layer.sparse_weight = lambda weight=weight: weight
-    yield weights
-    for layer in layers:
-        del layer.sparse_weight
+    try:
+        yield weights
+    finally:
+        for layer in layers:
+            del layer.sparse_weight
 
 
 @torch.no_grad()
@@ -259,17 +270,21 @@ def change_topology(agent: "Agent", networks: list["Network"], gradients: dict, 
     the loss has the largest gradients (RigL) or anywhere (SET). Adam's moments and the target's weights go along."""
     optimizers = [part for part in vars(agent).values() if isinstance(part, optim.Optimizer)]
     for net in networks:
-        for layer, target in zip(sparse_layers(net.online).values(), sparse_layers(net.target).values(), strict=True):
+        for name, layer in sparse_layers(net.online).items():
+            target = sparse_layers(net.target)[name]
             if not torch.equal(layer.positions, target.positions):
-                raise ValueError(f"{net.name}: its target has another topology")
+                raise ValueError(f"{net.name}.{name}: its target has another topology")
             grown = int(len(layer.positions) * drop)
             order = layer.active_weights.abs().argsort(descending=True, stable=True)
             survivors = layer.positions[order[: len(order) - grown]]
             if (gradient := gradients[layer].grad) is None:
-                raise ValueError(f"{net.name}: no gradient reaches a layer, whose forward must use sparse_weight()")
-            score = gradient.abs() if args.topology == "rigl" else torch.rand(layer.shape)
-            score = score.to(survivors.device).flatten().index_fill(0, survivors, -1.0)  # what was dropped may return
-            places = torch.cat([survivors, score.argsort(descending=True, stable=True)[:grown]]).sort().values
+                raise ValueError(
+                    f"{net.name}.{name}: this loss has no gradient for it, or it hides its sparse_weight()"
+                )
+            score = (gradient.abs() if args.topology == "rigl" else torch.rand(layer.shape).to(gradient)).flatten()
+            others = torch.ones_like(score).index_fill_(0, survivors, 0).nonzero()[:, 0]  # what was dropped may return
+            others = others[score[others].argsort(descending=True, stable=True)]
+            places = torch.cat([survivors, others[:grown]]).sort().values
             packed = [layer.active_weights, target.active_weights]  # each [kept]
             for state in (optimizer.state.get(layer.active_weights, {}) for optimizer in optimizers):
                 packed += [state[key] for key in state.keys() - {"step"}]  # Adam's two moments
@@ -277,6 +292,14 @@ def change_topology(agent: "Agent", networks: list["Network"], gradients: dict, 
                 values.copy_(values.new_zeros(layer.shape).put_(layer.positions, values).take(places))
             layer.positions.copy_(places)
             target.positions.copy_(places)
+
+
+def step_or_change(agent: "Agent", optimizer, networks: list, gradients: dict, drop: float | None, args: Args) -> None:
+    """Adam's step, or a change of the topology in its place (R3), if there is one to change."""
+    if drop is None or not gradients:
+        optimizer.step()
+    else:
+        change_topology(agent, networks, gradients, drop, args)
 
 
 # --- shared: networks ---
@@ -368,10 +391,7 @@ def update_critics(agent: Agent, data, args: Args, generator: torch.Generator, d
         qf_loss = qf1_loss + qf2_loss
         agent.q_optimizer.zero_grad()
         qf_loss.backward()
-    if drop is None:
-        agent.q_optimizer.step()
-    else:
-        change_topology(agent, critics, gradients, drop, args)
+    step_or_change(agent, agent.q_optimizer, critics, gradients, drop, args)
     return {
         "losses/qf1_values": qf1_a_values.detach(),
         "losses/qf2_values": qf2_a_values.detach(),
@@ -391,19 +411,17 @@ def update_actor(agent: Agent, data, args: Args, drop: float | None = None) -> d
         actor_loss = -agent.qf1(data.observations, agent.actor(data.observations)).mean()
         agent.actor_optimizer.zero_grad()
         actor_loss.backward()
-    if drop is None:
-        agent.actor_optimizer.step()
-    else:
-        change_topology(agent, actors, gradients, drop, args)
+    step_or_change(agent, agent.actor_optimizer, actors, gradients, drop, args)
     for param in critics:
         param.requires_grad_(True)
     return {"losses/actor_loss": actor_loss.detach()}
 
 
-def update_agent(agent: Agent, rb: "ReplayBuffer", args: Args, rng: dict, update: int) -> dict[str, torch.Tensor]:
-    """Update number `update` (from 1) of TD3, Algorithm 1: critics; every d-th time actor, then targets."""
+def update_agent(agent: Agent, rb: "ReplayBuffer", args: Args, rng: dict, update: int, drops=None) -> dict:
+    """Update number `update` (from 1) of TD3, Algorithm 1: critics; every d-th time actor, then targets. `drops`, from
+    drop_fractions, says whose topology changes in it."""
     data = rb.sample(args.batch_size, rng["replay"], args.nstep if update >= args.delay_nstep else 1)  # R8
-    drops = drop_fractions(args, update)
+    drops = drops or {}
     losses = update_critics(agent, data, args, rng["smoothing"], drops.get("critics"))
     if update % args.policy_frequency == 0:
         losses |= update_actor(agent, data, args, drops.get("actor"))
@@ -440,6 +458,7 @@ def train(args: Args) -> dict:
     rng = make_generators(args.seed, args.device)
     seed_globals(draw_seeds(rng["init"], 1)[0])
     agent = Agent(sparsify(make_networks(args, env), args), args.learning_rate)
+    width = equal_width(agent, args, env)
     stats = model_stats(agent) | {"kernel": use_kernel(args, agent, env), "pattern": pattern(args)}
     columns = transition_columns(env) | {"truncations": 1, "policy_actions": env.action_space.shape[0]}
     rb = ReplayBuffer(args.buffer_size, columns, args.device, args.gamma)
@@ -457,7 +476,6 @@ def train(args: Args) -> dict:
     columns = metric_columns(agent) + list(sad_metrics(first_masks, first_masks, first_masks))
     columns += ["replay/policy_distance", "replay/size"]
     with Run(args, columns, stats, state) as run:
-        width = equal_width(stats["modules"], args.hidden_dim)
         run.say(f"a dense network with as many weights: dense_td3_continuous.py --hidden-dim {width}")
         if not args.resume:
             run.log(0, run.density | run.evaluate(agent.actor, eval_seeds, 0))
@@ -488,9 +506,9 @@ def train(args: Args) -> dict:
                     state.update += 1
                     drops = drop_fractions(args, state.update)
                     masks = get_masks(agent) if drops else {}
-                    state.losses |= update_agent(agent, rb, args, rng, state.update)
+                    state.losses |= update_agent(agent, rb, args, rng, state.update, drops)
                     check_finite("a loss", global_step, *(x.item() for x in state.losses.values() if not x.dim()))
-                if drops:
+                if masks:
                     now = get_masks(agent)
                     changed = {name: E for name, E in now.items() if "actor" in drops or not name.startswith("actor.")}
                     row |= sad_metrics(first_masks, masks, changed)
@@ -528,38 +546,38 @@ def train(args: Args) -> dict:
 
 def pattern(args: Args) -> str:
     """What runs are named and tagged by."""
-    return f"{args.topology}_{100 * args.actor_sparsity:g}_{100 * args.critic_sparsity:g}"
+    words = [args.topology] + [f"n{args.nstep}"] * (args.nstep > 1) + ["buffer"] * args.dynamic_buffer
+    name = "rlx2" if words == ["rigl", "n3", "buffer"] else "-".join(words)
+    return f"{name}_{100 * args.actor_sparsity:g}_{100 * args.critic_sparsity:g}"
 
 
-def equal_width(modules: dict, hidden_dim: int) -> int:
+def equal_width(agent: Agent, args: Args, env: gym.Env) -> int:
     """Hidden width at which dense networks have as many weights as these, biases aside."""
-    layers = [part for parts in modules.values() for part in parts if len(part.get("weight", [])) == 2]
+    active = sum(p.numel() for net in agent.networks for name, p in net.online.named_parameters() if "bias" not in name)
 
-    def excess(width: int) -> int:
-        full = sum(math.prod(width if x == hidden_dim else x for x in part["weight"]) for part in layers)
-        return abs(full - sum(part["active"] for part in layers))
+    def count(width: int) -> int:
+        networks = make_networks(replace(args, hidden_dim=width), env)
+        return sum(p.numel() for net in networks.values() for name, p in net.named_parameters() if "bias" not in name)
 
-    return min(range(1, hidden_dim + 1), key=excess)
+    width = bisect_left(range(1, args.hidden_dim), active, key=count) + 1
+    return min((max(1, width - 1), width), key=lambda width: abs(count(width) - active))
 
 
 def warn_of_schedule(args: Args) -> None:
     """Say what the flags ask for and this run will not come to."""
     updates, holds = args.total_timesteps - args.learning_starts, min(args.buffer_size, args.total_timesteps)
     begun = read_run(args.resume)[1].total_timesteps if args.resume else args.total_timesteps
-    for true, message in (
-        (args.topology != "static" and args.mask_update_interval >= updates, "the topology never changes"),
-        (args.nstep > 1 and args.delay_nstep > updates, "--delay-nstep is beyond the run, all targets have one step"),
-        (
-            args.dynamic_buffer and args.buffer_min_size >= holds,
-            "--buffer-min-size is never passed, no data are dropped",
-        ),
-        (
-            begun != args.total_timesteps,
-            "drop fractions follow the new end, unlike in a run that had it from the start",
-        ),
-    ):
-        if true:
-            print(f"warning: {message}", file=sys.stderr)
+    Delta, warnings = args.mask_update_interval, []
+    if args.topology != "static" and Delta >= updates // args.policy_frequency:
+        warnings += ["no topology changes" if Delta >= updates else "the actor's topology does not change"]
+    if args.nstep > 1 and args.delay_nstep > updates:
+        warnings += ["all targets have one step, --delay-nstep is beyond the run"]
+    if args.dynamic_buffer and args.buffer_min_size >= holds:
+        warnings += ["the replay buffer never shrinks, --buffer-min-size is beyond what it comes to hold"]
+    if begun != args.total_timesteps:
+        warnings += ["drop fractions follow the new end, unlike in a run that had it from the start"]
+    for warning in warnings:
+        print(f"warning: {warning}", file=sys.stderr)
 
 
 # --- shared: sad ---

@@ -186,7 +186,8 @@ class SparseLinear(nn.Module):
     @property
     def E(self) -> torch.Tensor:
         """The mask [out, in], bool."""
-        return self.positions.new_zeros(self.shape, dtype=torch.bool).put_(self.positions, self.positions >= 0)
+        E = self.positions.new_zeros(self.shape.numel(), dtype=torch.bool)
+        return E.index_fill_(0, self.positions, True).view(self.shape)
 
     def sparse_weight(self) -> torch.Tensor:
         """W~ [out, in], zero at the inactive positions; its gradient reaches the active weights alone."""

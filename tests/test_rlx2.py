@@ -2,7 +2,6 @@
 
 import copy
 import math
-import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,8 +11,15 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import ROOT, assert_same_run, checkpoint_step, load, read_meta, read_rows, steps_with, stop_at
-from test_forks import EDITS
+from conftest import (
+    assert_same_model,
+    assert_same_run,
+    checkpoint_step,
+    read_meta,
+    read_rows,
+    steps_with,
+    stop_at,
+)
 
 TABLE = {  # (obs, action, actor and critic sparsity): densities, kept of actor and of one critic, kept in all, width
     "HalfCheetah": (
@@ -67,7 +73,7 @@ def test_densities_and_kept_counts_are_those_of_the_paper(rlx2, env_id):
     stats = rlx2.model_stats(agent)
     total, width = TOTAL[env_id]
     assert sum(part["active"] for parts in stats["modules"].values() for part in parts if "active" in part) == total
-    assert rlx2.equal_width(stats["modules"], 256) == width
+    assert rlx2.equal_width(agent, args, env) == width
     for net in agent.networks:
         for name, layer in rlx2.sparse_layers(net.online).items():
             assert torch.equal(layer.E, rlx2.sparse_layers(net.target)[name].E)
@@ -109,6 +115,11 @@ def make(rlx2, kernel="torch", rows=600, **changes):
         ends = data.random(2) < 0.15
         rb.add(**row | {"dones": ends[0], "truncations": ends[1]})
     return args, env, agent, rb, rlx2.make_generators(0, "cpu")
+
+
+def step(script, agent, rb, args, rng, update):
+    """An update as `train` makes it."""
+    return script.update_agent(agent, rb, args, rng, update, script.drop_fractions(args, update))
 
 
 class Masked:
@@ -192,7 +203,7 @@ def test_it_is_dense_masked_training(rlx2, topology, kernel):
     masked, other = Masked(rlx2, args, env, agent), rlx2.make_generators(0, "cpu")
     for update in range(1, 37):
         torch.manual_seed(update)
-        rlx2.update_agent(agent, rb, args, rng, update)
+        step(rlx2, agent, rb, args, rng, update)
         torch.manual_seed(update)
         data = rb.sample(args.batch_size, other["replay"], 3 if update >= 10 else 1)
         masked.update(data, other["smoothing"], update)
@@ -223,7 +234,7 @@ def test_the_number_of_weights_never_changes(rlx2, topology):
     counts, changes = {name: int(E.sum()) for name, E in first.items()}, {"actor": 0, "qf1": 0, "qf2": 0}
     for update in range(1, 151):
         before = rlx2.get_masks(agent)
-        rlx2.update_agent(agent, rb, args, rng, update)
+        step(rlx2, agent, rb, args, rng, update)
         after = rlx2.get_masks(agent)
         assert {name: int(E.sum()) for name, E in after.items()} == counts
         for net in agent.networks:
@@ -283,7 +294,7 @@ def test_when_targets_become_multi_step(rlx2, monkeypatch):
     seen, sample = [], rb.sample
     monkeypatch.setattr(rb, "sample", lambda size, generator, n: seen.append(n) or sample(size, generator, n))
     for update in range(1, 6):
-        rlx2.update_agent(agent, rb, args, rng, update)
+        step(rlx2, agent, rb, args, rng, update)
     assert seen == [1, 1, 4, 4, 4]
 
 
@@ -359,11 +370,12 @@ def test_a_run_made_longer_says_that_its_schedule_moves(rlx2, small, cli):
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
-        (["--actor-sparsity", "1"], "--actor-sparsity 1.0 leaves fc1 without a weight"),
+        (["--actor-sparsity", "1"], "--actor-sparsity 1.0 leaves fc1 less than one weight"),
         (["--critic-sparsity", "0.999", "--actor-sparsity", "0.5"], "--critic-sparsity 0.999 leaves fc"),
         (["--critic-sparsity", "-0.1"], "--critic-sparsity must be at least 0.0 and at most 1.0, not -0.1"),
         (["--actor-sparsity", "1.5"], "--actor-sparsity must be at least 0.0 and at most 1.0, not 1.5"),
         (["--nstep", "0"], "--nstep must be at least 1"),
+        (["--mask-update-interval", "1"], "--mask-update-interval must be at least 2"),
     ],
 )
 def test_bad_input_is_one_line(rlx2, cli, tmp_path, flags, line):
@@ -377,9 +389,9 @@ def test_what_a_run_does_not_come_to_is_a_warning(rlx2, cli, tmp_path):
     runs += ["--buffer-min-size", 200]
     code, out, err = cli(rlx2, *runs, "--total-timesteps", "200")
     assert code == 0 and [line.split(": ")[1].split(",")[0] for line in err.splitlines()] == [
-        "the topology never changes",
-        "--delay-nstep is beyond the run",
-        "--buffer-min-size is never passed",
+        "no topology changes",
+        "all targets have one step",
+        "the replay buffer never shrinks",
     ]
     assert (
         "a dense network with as many weights: dense_td3_continuous.py --hidden-dim 9\n" in out
@@ -387,6 +399,9 @@ def test_what_a_run_does_not_come_to_is_a_warning(rlx2, cli, tmp_path):
     quiet = ["--topology", "static", "--nstep", "1", "--no-dynamic-buffer"]
     code, _, err = cli(rlx2, *runs, *quiet, "--total-timesteps", "200")
     assert code == 0 and err == ""
+    almost = ["--mask-update-interval", 50, "--delay-nstep", 100, "--buffer-min-size", 199, "--total-timesteps", "200"]
+    code, _, err = cli(rlx2, *runs, *almost)
+    assert code == 0 and err == "warning: the actor's topology does not change\n"  # 50 updates, and the last is none
     (folder,) = tmp_path.glob("*rlx2_td3_continuous_static_70_60__s1__*")
     assert not any(row["replay/size"] or row["sad/qf1"] for row in read_rows(folder))
     assert len(np.load(folder / "masks.npz")["global_step"]) == 1
@@ -405,70 +420,42 @@ def test_a_layer_that_hides_its_weight_is_an_error(rlx2, monkeypatch):
     args, _, agent, rb, rng = make(rlx2, mask_update_interval=2)
     weight = copy.deepcopy(agent.qf1.net.fc2.sparse_weight().detach())
     monkeypatch.setattr(agent.qf1.net.fc2, "forward", lambda x: F.linear(x, weight))
-    rlx2.update_agent(agent, rb, args, rng, 1)
-    with pytest.raises(ValueError, match="qf1: no gradient reaches a layer"):
-        rlx2.update_agent(agent, rb, args, rng, 2)
+    step(rlx2, agent, rb, args, rng, 1)
+    with pytest.raises(ValueError, match=r"qf1\.fc2: this loss has no gradient"):
+        step(rlx2, agent, rb, args, rng, 2)
 
 
-@pytest.fixture
-def fork(tmp_path):
-    """fork(name): this script with an edit of test_forks, imported."""
-
-    def make_fork(name):
-        text = (ROOT / "rlx2_td3_continuous.py").read_text()
-        for old, new in EDITS[name]:
-            if old.startswith("    qf_loss"):  # here it stands one level deeper
-                old, new = textwrap.indent(old, "    "), textwrap.indent(new, "    ")
-            assert old in text, (name, old)
-            text = text.replace(old, new)
-        (tmp_path / "fork").mkdir()
-        path = tmp_path / "fork" / "rlx2_td3_continuous.py"
-        path.write_text(text)
-        return load(path)
-
-    return make_fork
+def test_the_width_is_right_whatever_the_sizes(rlx2):
+    """Also where an input is as wide as a hidden layer; against all widths."""
+    for (obs_dim, action_dim), hidden_dim in (((17, 6), 17), ((17, 6), 23), ((122, 6), 128), ((3, 1), 2), ((3, 1), 1)):
+        args = rlx2.Args(actor_sparsity=0.5, critic_sparsity=0.6 if hidden_dim > 1 else 0.0, hidden_dim=hidden_dim)
+        args.actor_sparsity = 0.5 if hidden_dim > 1 else 0.0
+        env = spaces(obs_dim, action_dim)
+        agent = rlx2.Agent(rlx2.sparsify(rlx2.make_networks(args, env), args), 3e-4)
+        stats = rlx2.model_stats(agent)["modules"]
+        active = sum(part["active"] for parts in stats.values() for part in parts if "active" in part)
+        sizes = {}
+        for H in range(1, hidden_dim + 1):
+            inputs = obs_dim + 2 * (obs_dim + action_dim)
+            sizes[H] = abs(3 * H * H + H * (inputs + action_dim + 2) - active)
+        assert rlx2.equal_width(agent, args, env) == min(sizes, key=sizes.get)
 
 
-NAMES = "tanh", "layer norm", "residual", "third critic", "critic's forward", "layer's forward", "layer's weight"
+def test_names_of_runs(rlx2):
+    plain = {"nstep": 1, "dynamic_buffer": False, "actor_sparsity": 0.96, "critic_sparsity": 0.885}
+    full = {"actor_sparsity": 0.96, "critic_sparsity": 0.885}
+    named = {"rlx2": full, "rigl": plain, "set": plain | {"topology": "set"}, "static": plain | {"topology": "static"}}
+    named |= {
+        "rigl-n3": plain | {"nstep": 3},
+        "rigl-buffer": full | {"nstep": 1},
+        "set-n3-buffer": full | {"topology": "set"},
+    }
+    assert [rlx2.pattern(rlx2.Args(**options)) for options in named.values()] == [f"{name}_96_88.5" for name in named]
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_forks_are_computed_as_they_say(rlx2, fork, name, monkeypatch):
-    """With every kernel, over changes of the topology, which see the dense gradient of the edited network."""
-    module, results, calls = fork(name), {}, []
-    for key, script, kernel in (("nm", module, "nm"), ("torch", module, "torch"), ("unedited", rlx2, "torch")):
-        args, _, agent, rb, rng = make(script, kernel, mask_update_interval=8)
-        forward = script.chain_forward
-        with monkeypatch.context() as patch:
-            patch.setattr(script, "chain_forward", lambda *a, f=forward, k=key, **o: calls.append(k) or f(*a, **o))
-            for update in range(1, 21):
-                before = script.get_masks(agent)
-                script.update_agent(agent, rb, args, rng, update)
-                same = [torch.equal(E, before[layer]) for layer, E in script.get_masks(agent).items()]
-                assert all(same) if update % 8 else not all(same)
-        nets = {net: part for net, part in vars(agent).items() if isinstance(part, nn.Module)}
-        results[key] = {f"{net}.{k}": x for net, part in nets.items() for k, x in script.plain_state(part).items()}
-    assert calls.count("torch") == calls.count("unedited") == 0
-    assert not calls if name.startswith("layer's") else len(calls) > 80
-    assert results["nm"].keys() == results["torch"].keys()
-    for key, x in results["torch"].items():
-        assert (results["nm"][key] - x).abs().max() <= 1e-3, key
-    original = results["unedited"]
-    shared = results["torch"].keys() & original.keys()
-    assert any(
-        results["torch"][k].shape != original[k].shape or not torch.equal(results["torch"][k], original[k])
-        for k in shared
-    )
-
-
-@pytest.mark.parametrize("name", ["third critic", "layer norm"])
-def test_forks_resume(fork, small, cli, monkeypatch, name):
-    module = fork(name)
-    monkeypatch.setattr("conftest.rlx2_td3_continuous", module)  # it wants the same flags
-    whole = module.train(small(module))["run_dir"]
-    with monkeypatch.context() as patch:
-        stop_at(patch, module, 317)
-        part = module.train(small(module))["run_dir"]
-    assert cli(module, "--resume", part, small=False)[0] == 0
-    assert read_rows(whole) == read_rows(part) and read_meta(whole)["final_score"] == read_meta(part)["final_score"]
-    assert ("sad/qf3" in read_rows(whole)[0]) == (name == "third critic")
+def test_without_sparsity_it_is_the_dense_script(rlx2, dense, small):
+    """Also at the updates at which topologies would change."""
+    options = {"actor_sparsity": 0.0, "critic_sparsity": 0.0, "nstep": 1, "dynamic_buffer": False}
+    own, other = rlx2.train(small(rlx2, **options))["run_dir"], dense.train(small(dense))["run_dir"]
+    assert_same_model(own, other)
+    assert len(np.load(Path(own) / "masks.npz")["global_step"]) == 1

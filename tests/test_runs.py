@@ -219,14 +219,15 @@ def test_global_generators_are_seeded_and_evaluation_leaves_them_alone(script, s
     assert drawn(checkpoint_interval=50) == wanted  # nor does a checkpoint, which asks the actor for its probe
 
 
-def test_what_is_stored_and_how_it_was_chosen(dense, rnm, small, monkeypatch):
+def test_what_is_stored_and_how_it_was_chosen(dense, rnm, rlx2, small, monkeypatch):
     """Termination against truncation, actions by hand from the random streams, learning rates."""
     low, high = torch.tensor([-1.0, 0.5]), torch.tensor([0.5, 3.0])
-    for module in (dense, rnm):
+    for module in (dense, rnm, rlx2):
         rows, policies, agents, evaluating = [], [], [], []
         add, act, evaluate, make_agent = module.ReplayBuffer.add, module.act, module.evaluate, module.Agent
 
-        def acting(*args, act=act, policies=policies, evaluating=evaluating):
+        def acting(*args, act=act, policies=policies, evaluating=evaluating, agents=agents):
+            assert args[0] is agents[0].actor
             action = act(*args)
             policies += [] if evaluating else [action.clone()]
             return action
@@ -263,6 +264,9 @@ def test_what_is_stored_and_how_it_was_chosen(dense, rnm, small, monkeypatch):
         noise = [0.2 * (high - low) / 2 * torch.randn(2, generator=rng["exploration"]) for _ in range(400)]
         chosen = [(p + e).clamp(low, high) for p, e in zip(policies[:400], noise, strict=True)]
         assert np.array_equal([row["actions"] for row in rows], torch.stack(warm + chosen).numpy())
+        if module is rlx2:
+            assert {step for step, row in enumerate(rows, 1) if row["truncations"]} == cut
+            assert np.array_equal([row["policy_actions"] for row in rows], torch.stack(warm + policies[:400]).numpy())
 
 
 def test_code_hash(script):

@@ -1,0 +1,117 @@
+"""Forks of rlx2_td3_continuous.py, made from its text: each computes what its text says, across changes of topology."""
+
+import textwrap
+
+import pytest
+import torch
+import torch.nn as nn
+from conftest import ROOT, load, read_meta, read_rows, stop_at
+from test_forks import EDITS
+from test_rlx2 import make, step
+
+OWN_EDITS = {
+    "step and change": [
+        (
+            "    if drop is None or not gradients:\n        optimizer.step()\n    else:",
+            "    optimizer.step()\n    if drop is not None:",
+        )
+    ],
+    "dense gradients at each update": [("critics if drop is not None else []", "critics")],
+    "log score": [("(gradient.abs() if args", "(gradient.abs().log() if args")],
+    "signed score": [("(gradient.abs() if args", "(-1e9 * gradient if args")],
+}
+
+
+@pytest.fixture
+def fork(tmp_path):
+    """fork(name): this script with an edit of test_forks, imported."""
+
+    def make_fork(name):
+        text = (ROOT / "rlx2_td3_continuous.py").read_text()
+        for old, new in (EDITS | OWN_EDITS)[name]:
+            if old.startswith("    qf_loss"):  # here it stands one level deeper
+                old, new = textwrap.indent(old, "    "), textwrap.indent(new, "    ")
+            assert old in text, (name, old)
+            text = text.replace(old, new)
+        (tmp_path / "fork").mkdir()
+        path = tmp_path / "fork" / "rlx2_td3_continuous.py"
+        path.write_text(text)
+        return load(path)
+
+    return make_fork
+
+
+NAMES = "tanh", "layer norm", "residual", "third critic", "critic's forward", "layer's forward", "layer's weight"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_forks_are_computed_as_they_say(rlx2, fork, name, monkeypatch):
+    """With every kernel, over changes of the topology, which see the dense gradient of the edited network."""
+    module, results, calls = fork(name), {}, []
+    for key, script, kernel in (("nm", module, "nm"), ("torch", module, "torch"), ("unedited", rlx2, "torch")):
+        args, _, agent, rb, rng = make(script, kernel, mask_update_interval=8)
+        forward = script.chain_forward
+        with monkeypatch.context() as patch:
+            patch.setattr(script, "chain_forward", lambda *a, f=forward, k=key, **o: calls.append(k) or f(*a, **o))
+            for update in range(1, 21):
+                before = script.get_masks(agent)
+                step(script, agent, rb, args, rng, update)
+                same = [torch.equal(E, before[layer]) for layer, E in script.get_masks(agent).items()]
+                assert all(same) if update % 8 else not all(same)
+        nets = {net: part for net, part in vars(agent).items() if isinstance(part, nn.Module)}
+        results[key] = {f"{net}.{k}": x for net, part in nets.items() for k, x in script.plain_state(part).items()}
+    assert calls.count("torch") == calls.count("unedited") == 0
+    assert not calls if name.startswith("layer's") else len(calls) > 80
+    assert results["nm"].keys() == results["torch"].keys()
+    for key, x in results["torch"].items():
+        assert (results["nm"][key] - x).abs().max() <= 1e-3, key
+    original = results["unedited"]
+    shared = results["torch"].keys() & original.keys()
+    assert any(
+        results["torch"][k].shape != original[k].shape or not torch.equal(results["torch"][k], original[k])
+        for k in shared
+    )
+
+
+@pytest.mark.parametrize("name", ["third critic", "layer norm"])
+def test_forks_resume(fork, small, cli, monkeypatch, name):
+    module = fork(name)
+    monkeypatch.setattr("conftest.rlx2_td3_continuous", module)  # it wants the same flags
+    whole = module.train(small(module))["run_dir"]
+    with monkeypatch.context() as patch:
+        stop_at(patch, module, 317)
+        part = module.train(small(module))["run_dir"]
+    assert cli(module, "--resume", part, small=False)[0] == 0
+    assert read_rows(whole) == read_rows(part) and read_meta(whole)["final_score"] == read_meta(part)["final_score"]
+    assert ("sad/qf3" in read_rows(whole)[0]) == (name == "third critic")
+
+
+@pytest.mark.parametrize("name", OWN_EDITS)
+@pytest.mark.parametrize("kernel", ["nm", "torch"])
+def test_forks_of_the_rule(fork, name, kernel):
+    """Another order of step and change still learns at every update; other scores keep the number of weights."""
+    module = fork(name)
+    args, _, agent, rb, rng = make(module, kernel, mask_update_interval=4, drop_fraction=0.3)
+    counts = {key: int(E.sum()) for key, E in module.get_masks(agent).items()}
+    for update in range(1, 17):
+        before = {net.name: module.plain_state(net.online) for net in agent.networks}
+        step(module, agent, rb, args, rng, update)
+        learns = name.startswith(("step", "dense")) and (update % 4 or name.startswith("step"))
+        for net in agent.networks[1:]:
+            after, masks = module.plain_state(net.online), module.get_masks(agent)
+            for layer in ("fc1", "fc2"):
+                both = masks[f"{net.name}.{layer}"] & (before[net.name][f"{layer}.weight"] != 0)
+                moved = (after[f"{layer}.weight"] != before[net.name][f"{layer}.weight"])[both]
+                assert moved.float().mean() > 0.5 if learns else True, (update, layer)
+        for net in agent.networks:
+            for layer in (*module.sparse_layers(net.online).values(), *module.sparse_layers(net.target).values()):
+                assert len(set(layer.positions.tolist())) == len(layer.positions)
+        assert {key: int(E.sum()) for key, E in module.get_masks(agent).items()} == counts
+
+
+def test_an_error_within_leaves_no_patch_behind(rlx2):
+    _, _, agent, _, _ = make(rlx2)
+    with pytest.raises(RuntimeError), rlx2.dense_gradients(agent.networks[1:]) as weights:
+        assert all("sparse_weight" in vars(layer) for layer in weights) and len(weights) == 4
+        raise RuntimeError
+    assert not any("sparse_weight" in vars(module) for module in agent.qf1.modules())
