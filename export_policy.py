@@ -9,9 +9,10 @@ policy.c is C99, needs no library but tanhf, allocates nothing, and holds
 
 with tables of the active weights alone. Of N:M each has its place in its group (1, 2, 4 or 8 bits), of topologies
 without structure its column (8 or 16 bits). Networks are chains of linear layers, ReLU and Tanh, as meta.json lists
-them; the actions in model.pt prove that this is all there is, else the run is refused.
+them. The run's first 16 observations and its actions there, which model.pt holds, must agree with that chain; a fork
+whose network does more, but not in these, is not found out.
 
-Exit codes: 0 done, 1 the check failed, 2 bad input.
+Exit codes: 0 done, 1 the check or the disk failed, 2 bad input.
 """
 
 import ctypes
@@ -19,7 +20,6 @@ import json
 import os
 import re
 import shlex
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -43,7 +43,7 @@ FLASH = 256 * 1024  # bytes of the small machine
 ROUNDS, CALLS = 200, 50  # of each implementation, in turns
 
 Layer = namedtuple("Layer", "name weight bias mask activation")  # mask [out, in] or None; activation "relu", "tanh", ""
-Policy = namedtuple("Policy", "folder meta layers scale bias")
+Policy = namedtuple("Policy", "folder meta layers scale middle")
 
 
 @dataclass
@@ -68,33 +68,32 @@ def first_line(error: BaseException) -> str:
 
 
 def read_policy(folder: Path) -> Policy:
-    """Raises UserError if the run can't be read, or is no chain that acts as the run's own network did."""
-    try:
-        meta = json.loads((folder / "meta.json").read_text())
-        content = torch.load(folder / "model.pt", weights_only=True)
-        state = {name: x.numpy() for name, x in content["actor"].items()}
-        observations, actions = (x.numpy() for x in content["probe"])
-        masks = read_masks(folder / "masks.npz") if (folder / "masks.npz").exists() else {}
-        parts, layers = meta["modules"]["actor"], []
-        for part in parts:
-            name, kind = part["name"], part["type"]
-            if kind in ("Linear", "SparseLinear", "NMLinear"):
-                weight = state[f"{name}.weight"]
-                bias = state.get(f"{name}.bias", np.zeros(len(weight), np.float32))
-                layers.append(Layer(name, weight, bias, masks.get(name), ""))
-            elif kind in ("ReLU", "Tanh") and layers and not layers[-1].activation:
-                layers[-1] = layers[-1]._replace(activation=kind.lower())
-            elif kind not in ("Identity", "Dropout"):  # which do nothing in a policy that acts
-                raise UserError(f"{folder}: {name} is a {kind}; only chains of Linear, ReLU and Tanh can be exported")
-        policy = Policy(folder, meta, layers, state["action_scale"], state["action_bias"])
-        error = np.abs(numpy_policy(policy, observations) - actions).max(initial=0) / policy.scale.min()
-    except UserError:
-        raise
-    except Exception as error:
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        raise UserError(f"{folder} holds no policy: meta.json or model.pt is missing or damaged ({reason})") from None
-    if any(layer.mask is not None and layer.weight[~layer.mask].any() for layer in layers):
-        raise UserError(f"{folder}: masks.npz is not of the same time as model.pt")
+    """Raises UserError if the run is no chain that acts as its own network did, other errors if it is damaged."""
+    meta = json.loads((folder / "meta.json").read_text())
+    content = torch.load(folder / "model.pt", weights_only=True)
+    state = {name: x.numpy() for name, x in content["actor"].items()}
+    observations, actions = (x.numpy() for x in content["probe"])
+    masks = read_masks(folder / "masks.npz") if (folder / "masks.npz").exists() else {}
+    scale, middle, layers = state.pop("action_scale"), state.pop("action_bias"), []
+    for part in meta["modules"]["actor"]:
+        name, kind = part["name"], part["type"]
+        if kind in ("Linear", "SparseLinear", "NMLinear"):
+            weight, mask = state.pop(f"{name}.weight"), masks.get(name)
+            kept = weight.size if mask is None else int(mask.sum())
+            if kept != part["active"] or (mask is not None and (mask.shape != weight.shape or weight[~mask].any())):
+                raise UserError(f"{folder}: masks.npz is missing or not of the same time as model.pt")
+            bias = state.pop(f"{name}.bias", np.zeros(len(weight), np.float32))
+            layers.append(Layer(name, weight, bias, None if kept == weight.size else mask, ""))
+        elif kind in ("ReLU", "Tanh") and layers and not layers[-1].activation:
+            layers[-1] = layers[-1]._replace(activation=kind.lower())
+        elif kind not in ("Identity", "Dropout"):  # which do nothing in a policy that acts
+            raise UserError(f"{folder}: {name} is a {kind}; only chains of Linear, ReLU and Tanh can be exported")
+    if state:
+        raise UserError(f"{folder}: a plain chain has no {min(state)}")
+    if not observations.any():
+        raise UserError(f"{folder} was stopped before its first checkpoint: no action shows what its network is")
+    policy = Policy(folder, meta, layers, scale, middle)
+    error = np.abs(numpy_policy(policy, observations) - actions).max() / scale.min()
     if not error <= 1e-4:
         raise UserError(f"{folder}: a plain chain of its layers does not act as its network did (off by {error:.1e})")
     return policy
@@ -114,7 +113,7 @@ def numpy_policy(policy: Policy, x: np.ndarray) -> np.ndarray:
     for layer in policy.layers:
         x = x @ layer.weight.T + layer.bias
         x = np.maximum(x, 0) if layer.activation == "relu" else np.tanh(x) if layer.activation else x
-    return np.tanh(x) * policy.scale + policy.bias
+    return np.tanh(x) * policy.scale + policy.middle
 
 
 # --- Writing C ----------------------------------------------------------------------------------------------------
@@ -138,7 +137,7 @@ LOOPS = {  # of a layer: y = W x + b
     }}
 """,
     "": "",
-    "relu": "    for (int r = 0; r < {rows}; r++) {y}[r] = {y}[r] > 0 ? {y}[r] : 0;\n",
+    "relu": "    for (int r = 0; r < {rows}; r++) {y}[r] = {y}[r] < 0 ? 0 : {y}[r];\n",
     "tanh": "    for (int r = 0; r < {rows}; r++) {y}[r] = tanhf({y}[r]);\n",
 }
 BYTES = {"float": 4, "uint16_t": 2, "uint8_t": 1}
@@ -190,7 +189,8 @@ def write_layer(i: int, layer: Layer, n: int | None, m: int | None, x: str, y: s
 
     elif mask is not None:
         tables |= {f"c{i}": ("uint8_t" if cols <= 256 else "uint16_t", mask.nonzero()[1])}
-        tables |= {f"n{i}": ("uint16_t", mask.sum(axis=1))}
+        each_row = mask.sum(axis=1)
+        tables |= {f"n{i}": ("uint8_t" if each_row.max() < 256 else "uint16_t", each_row)}
     text = f"/* {layer.name}: {cols} to {rows}, {tables[f'w{i}'][1].size} weights */\n"
     text += "".join(table(kind, name, values) for name, (kind, values) in tables.items())
     terms = [f"            s{a % 4} += w{i}[k + j + {a}] * {x}[{column(f' + {a}')}];" for a in range(step)]
@@ -202,27 +202,44 @@ def write_layer(i: int, layer: Layer, n: int | None, m: int | None, x: str, y: s
 
 def write_c(policy: Policy) -> tuple[str, int]:
     """policy.c, and how many bytes its tables have."""
-    (_, meta, layers, scale, bias), texts, loops, size, x = policy, "", "", 8 * len(policy.scale), "observation"
+    (_, meta, layers, scale, middle), texts, loops, size, x = policy, "", "", 8 * len(policy.scale), "observation"
     for i, layer in enumerate(layers, 1):
         y = "action" if i == len(layers) else "zy"[i % 2]
         text, own, count = write_layer(i, layer, meta["n"], meta["m"], x, y)
         texts, loops, size, x = texts + text, loops + own, size + count, y
     hidden = [len(layer.weight) for layer in layers[:-1]]
-    stack = "".join(f"    float {name}[{max(hidden[k::2])}];\n" for k, name in enumerate("yz") if hidden[k::2])
-    bounds = ", ".join(f"{a:g} to {b:g}" for a, b in zip(bias - scale, bias + scale, strict=True))
+    stack = {name: max(hidden[k::2]) for k, name in enumerate("yz") if hidden[k::2]}
+    arrays = "".join(f"    float {name}[{length}];\n" for name, length in stack.items())
+    bounds = ", ".join(f"{a:g} to {b:g}" for a, b in zip(middle - scale, middle + scale, strict=True))
     score = "none, the run was not finished" if meta["final_score"] is None else f"{meta['final_score']:.1f}"
+    commit = f"commit {meta.get('commit')}{' with changes' * bool(meta.get('dirty'))}"
+    facts = f"""{meta["run_name"]},
+   trained on {meta["args"]["env_id"]} by {meta["script"]}, {commit}.
+   Final score: {score}.""".replace("*/", "* /")
+    stack_bytes = 4 * sum(stack.values())
     text = f"""\
-/* The policy of {meta["run_name"]},
-   trained on {meta["args"]["env_id"]} by {meta["script"]} at commit {meta.get("commit")}. Final score: {score}.
-   {layers[0].weight.shape[1]} observations -> {len(scale)} actions in {bounds}.
-   {size:,} bytes of tables. C99; needs tanhf (-lm), allocates nothing, can run in several threads at once. */
+/* The policy of {facts}
+   {layers[0].weight.shape[1]} observations -> {len(scale)} actions in {bounds}, in that environment's order and units.
+   A NaN among the observations gives NaN.
+   {size:,} bytes of tables, {stack_bytes:,} bytes of stack for hidden layers; C99, needs tanhf (-lm), allocates
+   nothing, can run in several threads at once. Tables: w, weights, of dense layers column after column, else the active
+   ones row after row; b, biases; p, place of each active weight in its group, the first in the lowest bits; c, column
+   of each active weight; n, how many a row has. */
 #include <math.h>
 #include <stdint.h>
+#ifdef __cplusplus
+extern "C" {{
+#endif
+enum {{ POLICY_OBSERVATIONS = {layers[0].weight.shape[1]}, POLICY_ACTIONS = {len(scale)} }};
+void policy(const float observation[], float action[]);
+#ifdef __cplusplus
+}}
+#endif
 
 {texts}/* half the range of each action, and its middle */
-{table("float", "scale", scale)}{table("float", "middle", bias)}
+{table("float", "scale", scale)}{table("float", "middle", middle)}
 void policy(const float observation[], float action[]) {{
-{stack}{loops}    for (int i = 0; i < {len(scale)}; i++) action[i] = tanhf(action[i]) * scale[i] + middle[i];
+{arrays}{loops}    for (int i = 0; i < {len(scale)}; i++) action[i] = tanhf(action[i]) * scale[i] + middle[i];
 }}
 """
     return text, size
@@ -237,16 +254,16 @@ HOST = """
 #include "policy.c"
 void measure(int count, const float *x, double *us) {
     struct timespec a, b;
-    float y[OUTPUTS];
+    float y[POLICY_ACTIONS];
     for (int i = 0; i < count; i++) {
         clock_gettime(CLOCK_MONOTONIC, &a);
-        policy(x + i * INPUTS, y);
+        policy(x + i * POLICY_OBSERVATIONS, y);
         clock_gettime(CLOCK_MONOTONIC, &b);
         us[i] = (b.tv_sec - a.tv_sec) * 1e6 + (b.tv_nsec - a.tv_nsec) * 1e-3;
     }
 }
 int main(void) {
-    float x[INPUTS], y[OUTPUTS];
+    float x[POLICY_OBSERVATIONS], y[POLICY_ACTIONS];
     while (fread(x, sizeof x, 1, stdin) == 1) policy(x, y), fwrite(y, sizeof y, 1, stdout);
     return 0;
 }
@@ -282,10 +299,10 @@ class Actor(nn.Module):
             linear.load_state_dict({"weight": torch.from_numpy(layer.weight), "bias": torch.from_numpy(layer.bias)})
             self.net.extend([linear, kinds[layer.activation]()] if layer.activation else [linear])
         self.register_buffer("scale", torch.from_numpy(policy.scale))
-        self.register_buffer("bias", torch.from_numpy(policy.bias))
+        self.register_buffer("middle", torch.from_numpy(policy.middle))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(self.net(x)) * self.scale + self.bias
+        return torch.tanh(self.net(x)) * self.scale + self.middle
 
 
 def visited(policy: Policy, actor: Actor, count: int) -> np.ndarray:
@@ -303,6 +320,7 @@ def visited(policy: Policy, actor: Actor, count: int) -> np.ndarray:
 def onnx_actor(actor: Actor, x: np.ndarray, folder: Path) -> Callable | None:
     """None where ONNX Runtime is not installed."""
     try:
+        import onnx  # noqa: F401 (torch's exporter needs it)
         import onnxruntime
 
         torch.onnx.export(actor, (torch.from_numpy(x),), folder / "policy.onnx", dynamo=False, input_names=["x"])
@@ -351,9 +369,9 @@ def check(policy: Policy, size: int) -> bool:
     warnings.filterwarnings("ignore", category=DeprecationWarning)
     actor, ranges, errors = Actor(policy), 2 * policy.scale, {}
     x = visited(policy, actor, ROUNDS * CALLS)
-    wanted, few = actor(torch.from_numpy(x)).numpy(), slice(None, None, 10)
-    defines = [f"-DINPUTS={x.shape[1]}", f"-DOUTPUTS={len(ranges)}", f"-I{policy.folder.resolve()}"]
-    native = [*shlex.split(os.environ.get("CC") or "cc"), "-O3", "-march=native", *defines]
+    wanted = actor(torch.from_numpy(x)).numpy()
+    include = f"-I{policy.folder.resolve()}"
+    native = [*shlex.split(os.environ.get("CC") or "cc"), "-O3", "-march=native", include]
     with tempfile.TemporaryDirectory() as folder:
         host, arm, m4, part = (Path(folder, name) for name in ("host", "arm", "m4", "part.o"))
         compile_c(HOST, host, *native)
@@ -367,39 +385,48 @@ def check(policy: Policy, size: int) -> bool:
         for name, us in times.items():
             sizes = f"{size:,} | {code:,}" if name == "policy.c" else f"{dense:,} | "
             print(f"| {name} | {sizes} | {np.median(us):.2f} | {np.percentile(us, 99):.2f} |")
-        if shutil.which(ARM) and shutil.which(ARM_RUN):
-            compile_c(HOST, arm, ARM, "-O2", "-static", *defines)
-            errors["32-bit ARM (emulated)"] = compare([ARM_RUN, str(arm)], x[few], wanted[few], ranges)
-        else:
-            print(f"32-bit ARM: not checked, for want of {ARM} or {ARM_RUN}")
-        if shutil.which(M4.split()[0]):
-            compile_c('#include "policy.c"', m4, *M4.split(), *defines)
+        try:
+            compile_c(HOST, arm, ARM, "-O2", "-static", include)
+            errors["32-bit ARM (emulated)"] = compare([ARM_RUN, str(arm)], x, wanted, ranges)
+        except (OSError, subprocess.CalledProcessError) as error:
+            print(f"32-bit ARM: not checked ({first_line(error)})")
+        try:
+            compile_c('#include "policy.c"', m4, *M4.split(), include)
             found = section_sizes("arm-none-eabi-size", m4)
-            sizes = {name: found.get(name, 0) for name in (".text", ".rodata", ".data", ".bss")}
-            flash, words = sum(sizes.values()) - sizes[".bss"], ", ".join(f"{k} {n:,}" for k, n in sizes.items())
+            flash = sum(found.get(name, 0) for name in (".text", ".rodata", ".data"))
             fits = "fits" if flash <= FLASH else "does not fit"
-            print(f"Cortex-M4: {words}; with tanhf it {fits} into {FLASH // 1024} KiB of flash")
-        else:
-            print(f"Cortex-M4: not compiled, for want of {M4.split()[0]}")
+            print(f"Cortex-M4: {flash:,} bytes with tanhf and newlib's, which {fits} into {FLASH // 1024} KiB of flash")
+        except (OSError, subprocess.CalledProcessError) as error:
+            print(f"Cortex-M4: not compiled ({first_line(error)})")
     for where, error in errors.items():
-        print(f"Largest difference from torch, {where}: {error:.1e} of the action's range (allowed: {TOLERANCE:.0e})")
+        print(f"Largest difference of {len(x):,} actions from torch, {where}: {error:.1e} of the range")
     return all(error <= TOLERANCE for error in errors.values())
 
 
 def main() -> int:
     args = tyro.cli(Args, description=__doc__)
+    folder = Path(args.run)
+    path, temporary = folder / "policy.c", folder / "policy.c.tmp"
     try:
-        policy = read_policy(Path(args.run))
-        text, size = write_c(policy)
-        path = policy.folder / "policy.c"
-        if path.exists() and path.read_text() != text and not args.force:
+        try:
+            policy = read_policy(folder)
+            text, size = write_c(policy)
+        except UserError:
+            raise
+        except Exception as error:
+            raise UserError(
+                f"{folder} holds no policy to export ({type(error).__name__}: {first_line(error)})"
+            ) from None
+        if path.exists() and path.read_bytes() != text.encode() and not args.force:
             raise UserError(f"{path} exists and differs: move it away, or replace it with --force")
-        temporary = path.with_name("policy.c.tmp")
-        temporary.write_text(text)
-        os.replace(temporary, path)
+        try:
+            temporary.write_bytes(text.encode())
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
         print(f"{path}: {size:,} bytes of tables")
         return 0 if not args.check or check(policy, size) else 1
-    except (UserError, OSError, subprocess.CalledProcessError) as error:
+    except Exception as error:
         print(f"error: {first_line(error)}", file=sys.stderr)
         return 2 if isinstance(error, UserError) else 1
 

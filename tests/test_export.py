@@ -49,9 +49,9 @@ RUNS = {  # name: script, its arguments, what stands in policy.c
     "1:8": ("rnm", {"n": 1, "m": 8, "hidden_dim": 20}, ["uint8_t p2", "% 2 * 4 & 15"]),  # ragged: groups of 8, 8, 4
     "3:5": ("rnm", {"n": 3, "m": 5, "sparse_head": True}, ["uint8_t p3", "% 2 * 4 & 15"]),
     "1:17": ("rnm", {"n": 1, "m": 17, "hidden_dim": 40}, ["uint8_t p2", "/ 1]"]),
-    "4:4": ("rnm", {"n": 4, "m": 4}, ["uint8_t p2"]),
-    "RLx2": ("rlx2", {}, ["uint8_t c2", "uint16_t n2"]),
-    "wide": ("rlx2", {"hidden_dim": 300, "total_timesteps": 130}, ["uint16_t c2", "uint16_t n2"]),
+    "4:4": ("rnm", {"n": 4, "m": 4}, ["w2[c * 16 + r]"]),  # nothing is inactive: dense
+    "RLx2": ("rlx2", {}, ["uint8_t c2", "uint8_t n2"]),
+    "wide": ("rlx2", {"hidden_dim": 300, "total_timesteps": 130}, ["uint16_t c2", "uint8_t n2"]),
 }
 
 
@@ -82,6 +82,7 @@ def test_the_c_policy_is_the_policy(name, dense, rnm, rlx2, small, monkeypatch, 
         act = compiled(folder, 3, 2, *flags)
         assert np.abs(act(x) - wanted.numpy()).max() <= 1e-5 * 1.5
         assert np.abs(act(model["probe"][0]) - model["probe"][1].numpy()).max() <= 1e-5
+        assert np.isnan(act(np.array([[np.nan, 0, 1]]))).all()  # a dead sensor is seen
     tables = dict(re.findall(r"static const \w+ (\w+)\[\] = \{\n(.*?)\};", text, re.DOTALL))
     counts = {key: len(value.split(",")) for key, value in tables.items()}
     widths = {
@@ -103,9 +104,9 @@ def test_tables_by_hand():
     text, loops, size = ex.write_layer(1, layer, 2, 4, "x", "y")
     assert "static const uint8_t p1[] = {\n9,12};" in text  # 1 + 2 * 4 and 0 + 3 * 4; the third is 0
     assert "5.0e-01f,-2.0e+00f,3.0e+00f,1.0e-07f,4.0e+00f,5.0e+00f" in text and "fc: 5 to 2, 6 weights" in text
-    assert size == 4 * (6 + 2) + 2 and "y[r] > 0" in loops
+    assert size == 4 * (6 + 2) + 2 and "y[r] < 0 ? 0" in loops
     text, _, size = ex.write_layer(1, layer, None, None, "x", "y")
-    assert "c1[] = {\n1,2,4,0,3,4};" in text and "n1[] = {\n3,3};" in text and size == 4 * 8 + 6 + 2 * 2
+    assert "c1[] = {\n1,2,4,0,3,4};" in text and "n1[] = {\n3,3};" in text and size == 4 * 8 + 6 + 2
     values = np.random.default_rng(0).normal(size=1000).astype(np.float32)
     words = ex.table("float", "t", values).partition("{\n")[2].replace("};", "").replace("f", "").split(",")
     assert np.array_equal(np.array(words, np.float32), values)  # digits enough
@@ -150,11 +151,16 @@ FAULTS = {
         lambda f: edit_meta(f, lambda m: m["modules"]["actor"][1].update(type="LayerNorm")),
         "relu1 is a LayerNorm",
     ),
+    "no masks": (lambda f: (f / "masks.npz").unlink(), "masks.npz is missing"),
+    "empty probe": (lambda f: edit_model(f, lambda c: c["probe"][0].zero_()), "stopped before its first checkpoint"),
+    "extra parameter": (lambda f: edit_model(f, lambda c: c["actor"].update(gain=torch.ones(1))), "has no gain"),
+    "no pattern": (lambda f: edit_meta(f, lambda m: m.pop("n")), "holds no policy"),
+    "no score": (lambda f: edit_meta(f, lambda m: m.update(final_score="x")), "holds no policy"),
     "residual": (lambda f: edit_model(f, lambda c: c["probe"][1].add_(0.3)), "does not act as its network did"),
     "no ReLU": (lambda f: edit_meta(f, lambda m: m["modules"]["actor"].pop(1)), "does not act as its network did"),
     "other mask": (
         lambda f: edit_model(f, lambda c: c["actor"]["fc2.weight"].add_(1.0)),
-        "masks.npz is not of the same time",
+        "masks.npz is missing or not of the same time",
     ),
 }
 
@@ -201,11 +207,12 @@ def test_check(run, monkeypatch, capsys):
                 4 * (3 * 16 + 16 + 256 + 16 + 32 + 2),
                 ex.write_c(ex.read_policy(run))[1],
             )
-    differences = re.findall(r"Largest difference from torch, (.*): ([\d.e+-]+) of", out)
+    differences = re.findall(r"Largest difference of 1,000 actions from torch, (.*): ([\d.e+-]+) of", out)
     assert differences[0][0] == "here" and all(float(error) <= 1e-5 for _, error in differences)
-    assert ("Cortex-M4: .text" in out) == bool(shutil.which("arm-none-eabi-gcc"))
+    assert ("of flash" in out) == bool(shutil.which("arm-none-eabi-gcc"))
     assert (len(differences) == 2) == bool(shutil.which(ex.ARM) and shutil.which(ex.ARM_RUN))
-    monkeypatch.setattr(ex.shutil, "which", lambda _: None)
+    monkeypatch.setattr(ex, "ARM", "no-such-gcc")
+    monkeypatch.setattr(ex, "M4", "no-such-gcc -Os")
     out = export(monkeypatch, capsys, run, "--check")[1]
     assert "32-bit ARM: not checked" in out and "Cortex-M4: not compiled" in out
 
@@ -219,3 +226,37 @@ def test_a_check_that_fails(run, monkeypatch, capsys):
     monkeypatch.setenv("CC", "no-such-compiler")
     code, _, err = export(monkeypatch, capsys, run, "--check")
     assert code == 1 and "no-such-compiler" in err and err.count("\n") == 1
+
+
+def test_an_unfinished_run_tanh_and_no_bias(tmp_path):
+    """What is no part of the scripts' own networks but of forks': by hand."""
+    rng = np.random.default_rng(0)
+    layers = [ex.Layer("a", rng.normal(size=(70, 3)).astype(np.float32), np.zeros(70, np.float32), None, "tanh")]
+    mask = np.zeros((2, 70), bool)
+    mask[1, [1, 5, 20, 65, 69]] = True  # the other row is empty
+    layers.append(ex.Layer("b", rng.normal(size=(2, 70)).astype(np.float32) * mask, np.ones(2, np.float32), mask, ""))
+    meta = {"n": None, "m": None, "run_name": "a*/b", "args": {"env_id": "E"}, "script": "s.py", "final_score": None}
+    policy = ex.Policy(tmp_path, meta, layers, np.full(2, 2, np.float32), np.full(2, 0.5, np.float32))
+    text, size = ex.write_c(policy)
+    (tmp_path / "policy.c").write_text(text)
+    assert "the run was not finished" in text and "a* /b" in text and "commit None" in text
+    assert size == 4 * (210 + 70 + 5 + 2 + 4) + 5 + 2 and "uint8_t c2" in text
+    x = rng.normal(size=(50, 3)).astype(np.float32)
+    assert np.abs(compiled(tmp_path, 3, 2, "-O2")(x) - ex.numpy_policy(policy, x)).max() < 1e-5
+    wanted = np.tanh(np.tanh(x @ layers[0].weight.T) @ layers[1].weight.T + 1) * 2 + 0.5
+    assert np.allclose(ex.numpy_policy(policy, x), wanted, atol=1e-6)
+    symbols = subprocess.run(["nm", str(tmp_path / "policy.so")], capture_output=True, text=True, check=True).stdout
+    assert " T policy" in symbols and not re.search(r" [bBdD] (w|b|c|n|p|y|z|scale|middle)\d*$", symbols, re.MULTILINE)
+    (tmp_path / "cpp.cpp").write_text(text)
+    strict = ["-Wall", "-Wextra", "-Werror", "-Wmissing-declarations"]
+    subprocess.run(["g++", *strict, "-c", str(tmp_path / "cpp.cpp"), "-o", str(tmp_path / "cpp.o")], check=True)
+
+
+def test_differences_are_shares_of_the_range(tmp_path):
+    script = tmp_path / "policy"
+    script.write_text(
+        f"#!{sys.executable}\nimport sys, struct\nsys.stdout.buffer.write(struct.pack('4f', 1, 2, 3, 5))\n"
+    )
+    script.chmod(0o755)
+    wanted = np.array([[1, 2], [3, 4]], np.float32)
+    assert ex.compare([str(script)], np.zeros((2, 3), np.float32), wanted, np.array([1, 10])) == pytest.approx(0.1)
