@@ -17,6 +17,7 @@ Exit codes: 0 done, 1 the check or the disk failed, 2 bad input.
 
 import ctypes
 import json
+import math
 import os
 import re
 import shlex
@@ -164,10 +165,7 @@ def place_in_groups(mask: np.ndarray, n: int, m: int) -> np.ndarray | None:
 def write_layer(i: int, layer: Layer, n: int | None, m: int | None, x: str, y: str) -> tuple[str, str, int]:
     """Tables, loops, and the bytes of the tables, of layer number i, which takes x and makes y."""
     (rows, cols), mask, each, step = layer.weight.shape, layer.mask, f"n{i}[r]", 4
-
-    def column(a: str) -> str:  # of the weight number j + a of row r
-        return f"c{i}[k + j{a}]"
-
+    column, unrolled = f"c{i}[k + j]", "c{i}[k + j + {a}]"  # of weight number j, j + a of row r
     tables = {
         f"b{i}": ("float", layer.bias),
         f"w{i}": ("float", layer.weight.T if mask is None else layer.weight[mask]),
@@ -176,27 +174,30 @@ def write_layer(i: int, layer: Layer, n: int | None, m: int | None, x: str, y: s
     if places is not None:
         bits = next(bits for bits in (1, 2, 4, 8) if m <= 2**bits)
         each, per_byte = len(places) // rows, 8 // bits
-        width, step = -(-each // per_byte), max(4, per_byte)  # a row begins with a byte of its own
+        width = -(-each // per_byte)  # a row begins with a byte of its own
         slots = np.pad(places.reshape(rows, each), ((0, 0), (0, width * per_byte - each)))
-        packed = (slots.reshape(rows, width, per_byte) << np.arange(0, 8, bits)).sum(
-            axis=2
-        )  # the first in the low bits
-        tables[f"p{i}"] = "uint8_t", packed
-
-        def column(a: str) -> str:
-            shift = f" >> (j{a}) % {per_byte} * {bits} & {2**bits - 1}" if bits < 8 else ""
-            return f"(j{a}) / {n} * {m} + (p{i}[r * {width} + (j{a}) / {per_byte}]{shift})"
-
+        packed = slots.reshape(rows, width, per_byte) << np.arange(0, 8, bits)  # the first in the low bits
+        tables[f"p{i}"] = "uint8_t", packed.sum(axis=2)
+        step, mask_bits = math.lcm(4, per_byte, n) if n <= 4 else max(4, per_byte), 2**bits - 1
+        column = f"j / {n} * {m} + (p{i}[r * {width} + j / {per_byte}] >> j % {per_byte} * {bits} & {mask_bits})"
+        unrolled = f"j / {n} * {m} + {{g}} + (p{i}[r * {width} + j / {per_byte} + {{b}}] >> {{s}} & {mask_bits})"
+        if step % n:
+            unrolled = column.replace("j", "(j + {a})")
     elif mask is not None:
         tables |= {f"c{i}": ("uint8_t" if cols <= 256 else "uint16_t", mask.nonzero()[1])}
         each_row = mask.sum(axis=1)
         tables |= {f"n{i}": ("uint8_t" if each_row.max() < 256 else "uint16_t", each_row)}
     text = f"/* {layer.name}: {cols} to {rows}, {tables[f'w{i}'][1].size} weights */\n"
     text += "".join(table(kind, name, values) for name, (kind, values) in tables.items())
-    terms = [f"            s{a % 4} += w{i}[k + j + {a}] * {x}[{column(f' + {a}')}];" for a in range(step)]
+    terms = []
+    for a in range(step):
+        numbers = {"i": i, "a": a, "g": a // (n or 1) * (m or 1)}
+        if places is not None:
+            numbers |= {"b": a // per_byte, "s": a % per_byte * bits}
+        terms += [f"            s{a % 4} += w{i}[k + j + {a}] * {x}[{unrolled.format(**numbers)}];"]
     loops = LOOPS["dense" if mask is None else "sparse"] + LOOPS[layer.activation]
     names = {"rows": rows, "cols": cols, "i": i, "x": x, "y": y, "each": each, "step": step, "ahead": step - 1}
-    loops = loops.format(**names, column=column(""), terms="\n".join(terms))
+    loops = loops.format(**names, column=column, terms="\n".join(terms))
     return text, loops, sum(BYTES[kind] * values.size for kind, values in tables.values())
 
 

@@ -44,10 +44,10 @@ def compiled(folder, inputs, outputs, *flags):
 
 RUNS = {  # name: script, its arguments, what stands in policy.c
     "dense": ("dense", {}, ["static const float w1", "w2[c * 16 + r]"]),
-    "2:4": ("rnm", {"n": 2, "m": 4}, ["uint8_t p2", "% 4 * 2 & 3"]),
-    "1:2": ("rnm", {"n": 1, "m": 2}, ["uint8_t p2", "% 8 * 1 & 1"]),
-    "1:8": ("rnm", {"n": 1, "m": 8, "hidden_dim": 20}, ["uint8_t p2", "% 2 * 4 & 15"]),  # ragged: groups of 8, 8, 4
-    "3:5": ("rnm", {"n": 3, "m": 5, "sparse_head": True}, ["uint8_t p3", "% 2 * 4 & 15"]),
+    "2:4": ("rnm", {"n": 2, "m": 4}, ["uint8_t p2", ">> 2 & 3"]),
+    "1:2": ("rnm", {"n": 1, "m": 2}, ["uint8_t p2", ">> 7 & 1"]),
+    "1:8": ("rnm", {"n": 1, "m": 8, "hidden_dim": 20}, ["uint8_t p2", ">> 4 & 15"]),  # ragged: groups of 8, 8, 4
+    "3:5": ("rnm", {"n": 3, "m": 5, "sparse_head": True}, ["uint8_t p3", ">> 4 & 15"]),
     "1:17": ("rnm", {"n": 1, "m": 17, "hidden_dim": 40}, ["uint8_t p2", "/ 1]"]),
     "4:4": ("rnm", {"n": 4, "m": 4}, ["w2[c * 16 + r]"]),  # nothing is inactive: dense
     "RLx2": ("rlx2", {}, ["uint8_t c2", "uint8_t n2"]),
