@@ -394,9 +394,10 @@ def check(policy: Policy, size: int) -> bool:
         try:
             compile_c('#include "policy.c"', m4, *M4.split(), include)
             found = section_sizes("arm-none-eabi-size", m4)
-            flash = sum(found.get(name, 0) for name in (".text", ".rodata", ".data"))
-            fits = "fits" if flash <= FLASH else "does not fit"
-            print(f"Cortex-M4: {flash:,} bytes with tanhf and newlib's, which {fits} into {FLASH // 1024} KiB of flash")
+            sizes = {name: found.get(name, 0) for name in (".text", ".rodata", ".data")}
+            fits = "fits" if sum(sizes.values()) <= FLASH else "does not fit"
+            words = ", ".join(f"{name} {number:,}" for name, number in sizes.items())
+            print(f"Cortex-M4, with tanhf and newlib: {words} bytes, which {fits} into {FLASH // 1024} KiB of flash")
         except (OSError, subprocess.CalledProcessError) as error:
             print(f"Cortex-M4: not compiled ({first_line(error)})")
     for where, error in errors.items():
