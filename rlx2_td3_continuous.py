@@ -15,6 +15,7 @@ Train with `python rlx2_td3_continuous.py --env-id Ant-v4 --actor-sparsity 0.96 
   RigL    --nstep 1 --no-dynamic-buffer
   SET     --nstep 1 --no-dynamic-buffer --topology set
   static  --nstep 1 --no-dynamic-buffer --topology static
+
 Decisions, where the paper, its code (tyq1024/RLx2, commit 3f4898b) and good sense differ:
   R1  The first topology keeps the largest of the initial weights, as the code does; the paper says random.
   R2  Delta counts a network's own updates and zeta falls to 0 over them, as in the code: the actor changes every
