@@ -49,7 +49,7 @@ Policy = namedtuple("Policy", "folder meta layers scale middle")
 
 @dataclass
 class Args:
-    run: Annotated[str, tyro.conf.Positional]
+    run: Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="RUN")]
     """folder of a finished or stopped run, with model.pt"""
     check: bool = False
     """compile policy.c, compare 10,000 actions with torch's, print sizes and times"""
