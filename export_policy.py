@@ -85,7 +85,7 @@ def numpy_policy(policy: Policy, x: np.ndarray) -> np.ndarray:
     """observations [B, obs_dim] -> actions [B, action_dim]."""
     for layer in policy.layers:
         x = x @ layer.weight.T + layer.bias
-        x = {"ReLU": lambda x: np.maximum(x, 0), "Tanh": np.tanh, "Identity": lambda x: x}[layer.activation](x)
+        x = np.maximum(x, 0) if layer.activation == "ReLU" else np.tanh(x) if layer.activation == "Tanh" else x
     return np.tanh(x) * policy.scale + policy.middle
 
 
