@@ -53,7 +53,7 @@ class Args:
     resamples: int = 2000
     """bootstrap resamples for each interval, >= 100"""
     thin: str | None = None
-    """new folder to copy the runs to, thinned: rows of evaluations and of 60 refreshes, 6 to 8 masks, no weights"""
+    """new folder to copy the runs to, thinned: rows of evaluations and of 40 refreshes, SAD between as many masks"""
     pool_code: bool = False
     """pool runs whose script and exp_name agree, whatever their code: for edits that do not change the method"""
     track: bool = True
@@ -128,6 +128,7 @@ class Run:
     metrics: pd.DataFrame  # indexed by global_step
     masks: dict[str, pd.DataFrame]  # by network: SAD_{i:j} between snapshots, share of active weights, by steps [S, S]
     curves: pd.DataFrame  # of read_masks, by the steps of the snapshots
+    rowwise: bool  # whether the first and last masks are N:M along rows
     setting: tuple  # (name, value) of what must agree between runs that are compared
     pattern: str  # "dense", "1:8", "RLx2 96/88"
     width: int
@@ -186,7 +187,7 @@ def load_run(folder: Path) -> Run:
         raise UserError(f"damaged: final score {meta['final_score']} in meta.json, {score} in metrics.csv")
     masks, curves, rowwise, pattern = {}, pd.DataFrame(), True, find_pattern(meta)
     if pattern != "dense":
-        masks, curves, rowwise = read_masks(folder / "masks.npz", meta, metrics)
+        masks, curves, rowwise = (read_sad if (folder / "sad.npz").exists() else read_masks)(folder, meta, metrics)
     versions = [part["versions"]["mujoco"].split(".")[:2] for part in (meta, *meta.get("resumed", []))]
     physics = " then ".join(dict.fromkeys(map(".".join, versions)))  # of a run that was resumed with another one: both
     setting = (*((name, args.get(name)) for name in SETTING), ("mujoco", physics))
@@ -196,13 +197,13 @@ def load_run(folder: Path) -> Run:
     minutes = metrics["charts/wall_time_s"].iloc[-1] / 60
     machine = f"{meta['hardware']}, {count(meta['threads'], 'thread')}"
     kind = pattern, args.get("hidden_dim"), ", ".join(fork), code, flops_per_update(meta)
-    return Run(meta["run_name"], folder, meta, args, metrics, masks, curves, setting, *kind, minutes, machine)
+    return Run(meta["run_name"], folder, meta, args, metrics, masks, curves, rowwise, setting, *kind, minutes, machine)
 
 
-def read_masks(path: Path, meta: dict, metrics: pd.DataFrame) -> tuple[dict, pd.DataFrame, bool]:
+def read_masks(folder: Path, meta: dict, metrics: pd.DataFrame) -> tuple[dict, pd.DataFrame, bool]:
     """SAD between any two masks, by network; curves of ever_and_age; whether the first and last are N:M along rows
     (True where they need not be)."""
-    with np.load(path, allow_pickle=False) as file:
+    with np.load(folder / "masks.npz", allow_pickle=False) as file:
         data = dict(file)
     steps, nets = data["global_step"], {}
     shapes = {key.removesuffix(".shape"): value for key, value in data.items() if key.endswith(".shape")}
@@ -227,6 +228,15 @@ def read_masks(path: Path, meta: dict, metrics: pd.DataFrame) -> tuple[dict, pd.
     n, m = meta["n"], meta["m"]
     rowwise = not n or all(torch.equal(project(E.float(), n, m), E) for end in ends for E in end.values())
     return pairwise, pd.DataFrame(curves, steps), rowwise
+
+
+def read_sad(folder: Path, *_) -> tuple[dict, pd.DataFrame, bool]:
+    """What read_masks made of a run before it was thinned."""
+    with np.load(folder / "sad.npz", allow_pickle=False) as file:
+        data = dict(file)
+    steps, rowwise = data.pop("global_step"), bool(data.pop("rowwise"))
+    pairwise = {net: pd.DataFrame(x, steps, steps) for net, x in data.items() if x.ndim == 2}
+    return pairwise, pd.DataFrame({key: x for key, x in data.items() if x.ndim == 1}, steps), rowwise
 
 
 def load_all(folders: list[Path]) -> tuple[list[Run], list[tuple[str, str]]]:
@@ -273,19 +283,18 @@ def evenly(length: int, number: int) -> np.ndarray:
 
 
 def thin_run(run: Run, out: Path, window: float) -> None:
-    """Copy what this script needs of a run: some hundred kilobytes that draw the same figures, coarser in time."""
+    """Copy what this script needs of a run: less than 100 kB that draw the same figures, coarser in time, no masks."""
     target = out / run.folder.name
     target.mkdir(parents=True)
     refreshes = run.metrics.filter(regex="^sad/").dropna(how="all").index
-    kept = run.curve("eval/episodic_return").index.union(refreshes[evenly(len(refreshes), 60)])
+    kept = run.curve("eval/episodic_return").index.union(refreshes[evenly(len(refreshes), 40)])
     if run.masks:
-        steps = next(iter(run.masks.values())).index
+        steps = run.curves.index
         starts = [before_end(steps, back) for back in (window, 0.1 * run.args["total_timesteps"])]
-        snapshots = np.union1d(evenly(len(steps), 6), starts)
-        with np.load(run.folder / "masks.npz", allow_pickle=False) as file:
-            arrays = {key: value if key.endswith(".shape") else value[snapshots] for key, value in file.items()}
-        np.savez_compressed(target / "masks.npz", **arrays)
-    run.metrics.loc[kept].to_csv(target / "metrics.csv")
+        snapshots = np.union1d(evenly(len(steps), 40), starts)
+        arrays = {net: E.iloc[snapshots, snapshots] for net, E in run.masks.items()} | dict(run.curves.iloc[snapshots])
+        np.savez_compressed(target / "sad.npz", global_step=steps[snapshots], rowwise=run.rowwise, **arrays)
+    run.metrics.loc[kept].to_csv(target / "metrics.csv", float_format="%.12g")
     meta = run.meta | {"args": run.args | {"runs_dir": "runs"}}  # where it was on some machine is nobody's concern
     (target / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
 

@@ -283,19 +283,25 @@ def test_what_does_not_match_is_listed_and_not_mixed(monkeypatch, capsys, tmp_pa
 def test_thinned_runs_tell_the_same(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sa, "draw", lambda *_: [])
     for seed in (1, 2):
-        make_run(tmp_path / f"runs/dense_{seed}", seed=seed, n=None)
-        make_run(tmp_path / f"runs/sparse_{seed}", seed=seed, score=120.0 + seed)
+        make_run(tmp_path / f"runs/dense_{seed}", seed=seed, n=None, args={"total_timesteps": 60_000})
+        make_run(tmp_path / f"runs/sparse_{seed}", seed=seed, score=120.0 + seed, args={"total_timesteps": 60_000})
     argv = ("--no-track", "--out", tmp_path / "a", "--thin", tmp_path / "thin")
     assert run(monkeypatch, capsys, tmp_path / "runs", *argv)[0] == 0
     assert run(monkeypatch, capsys, tmp_path / "thin", "--no-track", "--out", tmp_path / "b")[0] == 0
     a, b = (pd.read_csv(tmp_path / name / "summary.csv") for name in "ab")
     steps = [key for key in a if key.startswith("settled_step")]  # coarser in time
     pd.testing.assert_frame_equal(a.drop(columns=steps), b.drop(columns=steps))
-    with np.load(tmp_path / "thin/sparse_1/masks.npz") as file:
-        assert file["global_step"].tolist() == [0, 7000, 12000, 18000, 23000, 26000, 29000]
-    before = (tmp_path / "thin/sparse_1/masks.npz").read_bytes()
+    assert {path.name for path in (tmp_path / "thin/sparse_1").iterdir()} == {"meta.json", "metrics.csv", "sad.npz"}
+    whole, thin = (sa.load_run(tmp_path / name / "sparse_1") for name in ("runs", "thin"))
+    kept = thin.curves.index
+    assert kept[0] == whole.curves.index[0] and kept[-1] == whole.curves.index[-1]
+    assert 40 <= len(kept) <= 42 < len(whole.curves)
+    pd.testing.assert_frame_equal(thin.curves, whole.curves.loc[kept])
+    for net, E in whole.masks.items():
+        pd.testing.assert_frame_equal(thin.masks[net], E.loc[kept, kept])
+    before = (tmp_path / "thin/sparse_1/sad.npz").read_bytes()
     code, _, err = run(monkeypatch, capsys, tmp_path / "runs", "--no-track", "--thin", tmp_path / "thin")
-    assert code == 2 and "exists already" in err and (tmp_path / "thin/sparse_1/masks.npz").read_bytes() == before
+    assert code == 2 and "exists already" in err and (tmp_path / "thin/sparse_1/sad.npz").read_bytes() == before
 
 
 def cut(path, size):
