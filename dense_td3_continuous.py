@@ -141,14 +141,23 @@ class QNetwork(nn.Module):
         super().__init__()
         obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
         layers = {"fc1": nn.Linear(obs_dim + action_dim, hidden_dim), "relu1": nn.ReLU()}
-        layers |= {"fc2": nn.Linear(hidden_dim, hidden_dim), "relu2": nn.ReLU()}
-        layers |= {"fc3": nn.Linear(hidden_dim, 1)}
+        layers |= {"fc2": nn.Linear(hidden_dim, hidden_dim), "relu2": nn.ReLU(), "fc3": nn.Linear(hidden_dim, 1)}
         self.net = nn.Sequential(OrderedDict(layers))
 
     def forward(self, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         return self.net(torch.cat([x, a], dim=1))
 
 
+def make_networks(args: Args, env: gym.Env) -> dict[str, nn.Module]:
+    """The online networks, as nn.Linear initialises them from torch's global generator."""
+    kinds = {"actor": Actor, "qf1": QNetwork, "qf2": QNetwork}
+    return {name: kind(env, args.hidden_dim).to(args.device) for name, kind in kinds.items()}
+
+
+# --- end shared ---
+
+
+# --- shared: agent ---
 Network = namedtuple("Network", "name online target")
 
 
@@ -166,12 +175,6 @@ class Agent:
             vars(self).update({name: net, "target_actor" if name == "actor" else f"{name}_target": target})
         self.online_parameters = [param for net in self.networks for param in net.online.parameters()]
         self.target_parameters = [param for net in self.networks for param in net.target.parameters()]
-
-
-def make_networks(args: Args, env: gym.Env) -> dict[str, nn.Module]:
-    """The online networks, as nn.Linear initialises them from torch's global generator."""
-    kinds = {"actor": Actor, "qf1": QNetwork, "qf2": QNetwork}
-    return {name: kind(env, args.hidden_dim).to(args.device) for name, kind in kinds.items()}
 
 
 @torch.no_grad()

@@ -204,21 +204,6 @@ class SparseLinear(nn.Module):
         return F.linear(x, self.sparse_weight(), self.bias)
 
 
-def erdos_renyi(shapes: list[torch.Size], sparsity: float) -> list[float]:
-    """Densities of layers [out, in], in proportion to (in + out) / (in * out), at most 1, so that in all a share of
-    1 - sparsity is active (Mocanu et al., arXiv 1707.04780; the densest in turn become dense, as in RigL)."""
-    raw = [(rows + cols) / (rows * cols) for rows, cols in shapes]
-    dense = set()
-    while len(dense) < len(shapes):
-        budget = (1 - sparsity) * sum(map(math.prod, shapes)) - sum(math.prod(shapes[i]) for i in dense)
-        rest = [i for i in range(len(shapes)) if i not in dense]
-        epsilon = budget / sum(raw[i] * math.prod(shapes[i]) for i in rest)
-        if epsilon * (top := max(raw[i] for i in rest)) <= 1:
-            break
-        dense |= {i for i in rest if raw[i] == top}
-    return [1.0 if i in dense else epsilon * raw[i] for i in range(len(shapes))]
-
-
 def sparsify(networks: dict[str, nn.Module], args: Args) -> dict[str, nn.Module]:
     """Make every nn.Linear sparse: the actor by its budget, the critics by theirs. Dense layers stay nn.Linear."""
     modules = [module for net in networks.values() for _, module in net.named_modules(remove_duplicate=False)]
@@ -249,6 +234,33 @@ def drop_fractions(args: Args, update: int) -> dict[str, float]:
     return {name: args.drop_fraction / 2 * (1 + math.cos(math.pi * share)) for name, share in due.items()}
 
 
+def new_positions(layer: SparseLinear, score: torch.Tensor, drop: float) -> torch.Tensor:
+    """[kept]: the share `drop` of the active weights, the smallest, give way to the others of the best score [out, in];
+    what was just dropped is one of the others."""
+    grown = int(len(layer.positions) * drop)
+    order = layer.active_weights.abs().argsort(descending=True, stable=True)
+    survivors = layer.positions[order[: len(order) - grown]]
+    others = torch.ones_like(score.flatten()).index_fill_(0, survivors, 0).nonzero()[:, 0]
+    others = others[score.flatten()[others].argsort(descending=True, stable=True)]
+    return torch.cat([survivors, others[:grown]]).sort().values
+
+
+# --- shared: topology ---
+def erdos_renyi(shapes: list[torch.Size], sparsity: float) -> list[float]:
+    """Densities of layers [out, in], in proportion to (in + out) / (in * out), at most 1, so that in all a share of
+    1 - sparsity is active (Mocanu et al., arXiv 1707.04780; the densest in turn become dense, as in RigL)."""
+    raw = [(rows + cols) / (rows * cols) for rows, cols in shapes]
+    dense = set()
+    while len(dense) < len(shapes):
+        budget = (1 - sparsity) * sum(map(math.prod, shapes)) - sum(math.prod(shapes[i]) for i in dense)
+        rest = [i for i in range(len(shapes)) if i not in dense]
+        epsilon = budget / sum(raw[i] * math.prod(shapes[i]) for i in rest)
+        if epsilon * (top := max(raw[i] for i in rest)) <= 1:
+            break
+        dense |= {i for i in rest if raw[i] == top}
+    return [1.0 if i in dense else epsilon * raw[i] for i in range(len(shapes))]
+
+
 @contextlib.contextmanager
 def dense_gradients(networks: list["Network"]):
     """Within, each layer computes in torch with the W~ [out, in] that this yields for it; its .grad is that of all
@@ -266,41 +278,39 @@ def dense_gradients(networks: list["Network"]):
 
 
 @torch.no_grad()
-def change_topology(agent: "Agent", networks: list["Network"], gradients: dict, drop: float, args: Args) -> None:
-    """In each layer drop the share `drop` of the active weights, the smallest, and grow as many of the others: where
-    the loss has the largest gradients (RigL) or anywhere (SET). Adam's moments and the target's weights go along."""
+def change_topology(agent: "Agent", networks: list["Network"], gradients: dict, drop: float, regime: str) -> None:
+    """In each layer drop the share `drop` of the active weights and grow as many: where the loss has the largest
+    gradients (rigl) or anywhere (set). The optimizer's moments and the target's weights go along."""
     optimizers = [part for part in vars(agent).values() if isinstance(part, optim.Optimizer)]
     for net in networks:
         for name, layer in sparse_layers(net.online).items():
             target = sparse_layers(net.target)[name]
             if not torch.equal(layer.positions, target.positions):
                 raise ValueError(f"{net.name}.{name}: its target has another topology")
-            grown = int(len(layer.positions) * drop)
-            order = layer.active_weights.abs().argsort(descending=True, stable=True)
-            survivors = layer.positions[order[: len(order) - grown]]
             if (gradient := gradients[layer].grad) is None:
                 raise ValueError(
                     f"{net.name}.{name}: this loss has no gradient for it, or it hides its sparse_weight()"
                 )
-            score = (gradient.abs() if args.topology == "rigl" else torch.rand(layer.shape).to(gradient)).flatten()
-            others = torch.ones_like(score).index_fill_(0, survivors, 0).nonzero()[:, 0]  # what was dropped may return
-            others = others[score[others].argsort(descending=True, stable=True)]
-            places = torch.cat([survivors, others[:grown]]).sort().values
+            score = gradient.abs() if regime == "rigl" else torch.rand(layer.shape).to(gradient)
+            places = new_positions(layer, score, drop)
             packed = [layer.active_weights, target.active_weights]  # each [kept]
             for state in (optimizer.state.get(layer.active_weights, {}) for optimizer in optimizers):
                 packed += [state[key] for key in state.keys() - {"step"}]  # Adam's two moments
-            for values in packed:  # zero where inactive before (R4, R5)
+            for values in packed:  # zero where inactive before; what returns has its value and moments
                 values.copy_(values.new_zeros(layer.shape).put_(layer.positions, values).take(places))
             layer.positions.copy_(places)
             target.positions.copy_(places)
 
 
-def step_or_change(agent: "Agent", optimizer, networks: list, gradients: dict, drop: float | None, args: Args) -> None:
-    """Adam's step, or a change of the topology in its place (R3), if there is one to change."""
+def step_or_change(agent: "Agent", optimizer, networks: list, gradients: dict, drop: float | None, regime: str) -> None:
+    """The optimizer's step, or a change of the topology in its place, if there is one to change."""
     if drop is None or not gradients:
         optimizer.step()
     else:
-        change_topology(agent, networks, gradients, drop, args)
+        change_topology(agent, networks, gradients, drop, regime)
+
+
+# --- end shared ---
 
 
 # --- shared: networks ---
@@ -329,14 +339,23 @@ class QNetwork(nn.Module):
         super().__init__()
         obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
         layers = {"fc1": nn.Linear(obs_dim + action_dim, hidden_dim), "relu1": nn.ReLU()}
-        layers |= {"fc2": nn.Linear(hidden_dim, hidden_dim), "relu2": nn.ReLU()}
-        layers |= {"fc3": nn.Linear(hidden_dim, 1)}
+        layers |= {"fc2": nn.Linear(hidden_dim, hidden_dim), "relu2": nn.ReLU(), "fc3": nn.Linear(hidden_dim, 1)}
         self.net = nn.Sequential(OrderedDict(layers))
 
     def forward(self, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
         return self.net(torch.cat([x, a], dim=1))
 
 
+def make_networks(args: Args, env: gym.Env) -> dict[str, nn.Module]:
+    """The online networks, as nn.Linear initialises them from torch's global generator."""
+    kinds = {"actor": Actor, "qf1": QNetwork, "qf2": QNetwork}
+    return {name: kind(env, args.hidden_dim).to(args.device) for name, kind in kinds.items()}
+
+
+# --- end shared ---
+
+
+# --- shared: agent ---
 Network = namedtuple("Network", "name online target")
 
 
@@ -354,12 +373,6 @@ class Agent:
             vars(self).update({name: net, "target_actor" if name == "actor" else f"{name}_target": target})
         self.online_parameters = [param for net in self.networks for param in net.online.parameters()]
         self.target_parameters = [param for net in self.networks for param in net.target.parameters()]
-
-
-def make_networks(args: Args, env: gym.Env) -> dict[str, nn.Module]:
-    """The online networks, as nn.Linear initialises them from torch's global generator."""
-    kinds = {"actor": Actor, "qf1": QNetwork, "qf2": QNetwork}
-    return {name: kind(env, args.hidden_dim).to(args.device) for name, kind in kinds.items()}
 
 
 @torch.no_grad()
@@ -392,7 +405,7 @@ def update_critics(agent: Agent, data, args: Args, generator: torch.Generator, d
         qf_loss = qf1_loss + qf2_loss
         agent.q_optimizer.zero_grad()
         qf_loss.backward()
-    step_or_change(agent, agent.q_optimizer, critics, gradients, drop, args)
+    step_or_change(agent, agent.q_optimizer, critics, gradients, drop, args.topology)
     return {
         "losses/qf1_values": qf1_a_values.detach(),
         "losses/qf2_values": qf2_a_values.detach(),
@@ -412,7 +425,7 @@ def update_actor(agent: Agent, data, args: Args, drop: float | None = None) -> d
         actor_loss = -agent.qf1(data.observations, agent.actor(data.observations)).mean()
         agent.actor_optimizer.zero_grad()
         actor_loss.backward()
-    step_or_change(agent, agent.actor_optimizer, actors, gradients, drop, args)
+    step_or_change(agent, agent.actor_optimizer, actors, gradients, drop, args.topology)
     for param in critics:
         param.requires_grad_(True)
     return {"losses/actor_loss": actor_loss.detach()}

@@ -20,6 +20,7 @@ os.environ.setdefault("WANDB_MODE", "offline")
 import toy_envs  # noqa: E402, F401
 
 import dense_td3_continuous  # noqa: E402
+import mst_td3_continuous  # noqa: E402
 import rlx2_td3_continuous  # noqa: E402
 import rnm_td3_continuous  # noqa: E402
 
@@ -42,14 +43,25 @@ RLX2 = {"actor_sparsity": 0.7, "critic_sparsity": 0.6, "mask_update_interval": 2
 RLX2 |= {"buffer_check_interval": 50, "buffer_min_size": 90, "buffer_threshold": 1e-3}
 
 
+MST = {"actor_hidden_dim": 8, "critic_hidden_dim": 8, "critic_blocks": 1, "mask_update_interval": 20}
+MST |= {"diagnostics_interval": 250, "learning_rate": 1e-3}
+
+
 def settings_of(module):
     """Of a small run of this script."""
+    if module is mst_td3_continuous:
+        return {key: value for key, value in (SMALL | MST).items() if key != "hidden_dim"}
     return SMALL | (RLX2 if module is rlx2_td3_continuous else {})
 
 
+def as_flags(settings):
+    """--key=value, for the command line."""
+    return [f"--{key.replace('_', '-')}={value}" for key, value in settings.items() if key != "track"]
+
+
 def flags(**settings):
-    """--key=value of SMALL and `settings`, for the command line."""
-    return [f"--{k.replace('_', '-')}={v}" for k, v in (SMALL | settings).items() if k != "track"]
+    """Of SMALL and `settings`."""
+    return as_flags(SMALL | settings)
 
 
 def read_rows(run_dir, clocks=False):
@@ -156,7 +168,7 @@ def load(path):
 
 @pytest.fixture(autouse=True)
 def short_reports(monkeypatch):
-    for module in (dense_td3_continuous, rnm_td3_continuous, rlx2_td3_continuous):
+    for module in (dense_td3_continuous, rnm_td3_continuous, rlx2_td3_continuous, mst_td3_continuous):
         monkeypatch.setattr(module, "hardware_report", functools.partial(module.hardware_report, seconds=0.005))
 
 
@@ -175,9 +187,14 @@ def rlx2():
     return rlx2_td3_continuous
 
 
-@pytest.fixture(params=["dense", "rnm", "rlx2"])
+@pytest.fixture
+def mst():
+    return mst_td3_continuous
+
+
+@pytest.fixture(params=["dense", "rnm", "rlx2", "mst"])
 def script(request):
-    return {"dense": dense_td3_continuous, "rnm": rnm_td3_continuous, "rlx2": rlx2_td3_continuous}[request.param]
+    return request.getfixturevalue(request.param)
 
 
 @pytest.fixture(params=["dense", "rnm"])
@@ -197,7 +214,7 @@ def cli(monkeypatch, tmp_path, capsys):
     """cli(module, "--flag", ...) -> (exit code, stdout, stderr) of main() in this process."""
 
     def call(module, *argv, small=True):
-        monkeypatch.setattr(sys, "argv", [module.__file__, *flags(**settings_of(module)) * small, *map(str, argv)])
+        monkeypatch.setattr(sys, "argv", [module.__file__, *as_flags(settings_of(module)) * small, *map(str, argv)])
         monkeypatch.chdir(tmp_path)
         capsys.readouterr()  # what was printed before
         try:

@@ -192,7 +192,8 @@ def test_same_seed_same_numbers_and_evaluation_is_free(script, small):
     assert read_rows(a) != read_rows(d)
     first = [read_model(script.train(small(script, seed=seed, total_timesteps=1))["run_dir"]) for seed in (3, 4)]
     for net in NETS:  # as initialised
-        assert not torch.equal(*(model[net]["fc1.weight"] for model in first))
+        (key,) = {"fc1.weight", "embedding.weight"} & first[0][net].keys()
+        assert not torch.equal(*(model[net][key] for model in first))
 
 
 def test_runs_that_start_within_a_second_have_folders_of_their_own(dense, small, tmp_path):
@@ -322,7 +323,9 @@ def test_a_finished_run_stays_finished(dense, small, monkeypatch, capsys):
 @pytest.mark.slow
 def test_it_learns(script, small):
     """Reach from -1..1 to 1: an untrained policy runs away, a trained one stands still there."""
-    options = {"learning_starts": 500, "hidden_dim": 64, "batch_size": 64, "eval_episodes": 10, "buffer_size": 10_000}
+    options = {"learning_starts": 500, "batch_size": 64, "eval_episodes": 10, "buffer_size": 10_000}
+    widths = {"hidden_dim", "actor_hidden_dim", "critic_hidden_dim"} & vars(small(script)).keys()
+    options |= dict.fromkeys(widths, 64)
     run = script.train(small(script, total_timesteps=4000, eval_interval=4000, **options))["run_dir"]
     returns = [float(row["eval/episodic_return"]) for row in read_rows(run) if row["eval/episodic_return"]]
     assert returns[0] < -20 and returns[-1] > -8, returns
