@@ -659,10 +659,9 @@ def pattern(args: Args) -> str:
     """What runs are named and tagged by: regime and sparsity of actor and critics."""
     words = []
     for regime, sparsity, nm in regimes(args).values():
-        words += [
-            regime if regime == "dense" else f"{regime}{'of'.join(map(str, nm)) if nm else f'{100 * sparsity:g}'}"
-        ]
-    return "_".join(words)
+        size = "of".join(map(str, nm)) if nm else f"{100 * sparsity:g}"
+        words.append(regime if regime == "dense" else regime + size)
+    return "dense" if words == ["dense", "dense"] else "_".join(words)
 
 
 PLASTICITY = "dormant srank feature_norm weight_norm gradient_norm ever_active".split()

@@ -66,9 +66,9 @@ INTERVALS = (100, 1000, 10_000)  # K, updates between two masks
 # --- shared: colors ---
 # Okabe and Ito's colours first, one for each pattern everywhere.
 PATTERNS = "dense 2:4 1:4 1:8 1:16 4:8 2:8 1:2 3:4 1:32 2:16 4:16".split()
-PATTERNS += "RLx2 RigL SET static".split()  # methods without structure, whatever their sparsity
+PATTERNS += "RLx2 RigL SET static MST".split()  # methods without structure, whatever their sparsity
 CODES = "000000 0072B2 E69F00 009E73 CC79A7 56B4E9 D55E00 882255 AA8800 332288 6699CC 44AA99".split()
-CODES += "D62728 9467BD 17BECF 8C564B".split()
+CODES += "D62728 9467BD 17BECF 8C564B E377C2".split()
 COLORS = {pattern: f"#{code}" for pattern, code in zip(PATTERNS, CODES, strict=True)}
 
 

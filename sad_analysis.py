@@ -105,17 +105,20 @@ def final_score(evaluations: list[list]) -> float:
 # --- end shared ---
 
 
-SCRIPTS = ("dense_td3_continuous.py", "rnm_td3_continuous.py", "rlx2_td3_continuous.py")  # others are forks
+SCRIPTS = {f"{name}_td3_continuous.py" for name in ("dense", "rnm", "rlx2", "mst")}  # others are forks
 # What must agree between runs that are compared.
 SETTING = """env_id total_timesteps learning_rate buffer_size gamma tau batch_size policy_noise exploration_noise
-    noise_clip learning_starts policy_frequency eval_interval eval_episodes""".split()
+    noise_clip learning_starts policy_frequency eval_interval eval_episodes
+    weight_decay actor_hidden_dim actor_blocks critic_hidden_dim critic_blocks""".split()
 # Of no consequence for the numbers. All other arguments, those that a fork adds too, tell configurations apart.
 NEUTRAL = """exp_name seed runs_dir track wandb_project_name wandb_entity capture_video resume evaluate keep_replay
-    checkpoint_interval kernel threads device""".split()
+    checkpoint_interval kernel threads device diagnostics_interval""".split()
 DEFAULTS = {"mask_update_interval": 1000, "sparse_head": False, "hidden_dim": 256}  # not named in a label
 RLX2 = {"mask_update_interval": 10_000, "drop_fraction": 0.5, "delay_nstep": 300_000, "buffer_min_size": 100_000}
 RLX2 |= {"buffer_check_interval": 10_000, "buffer_threshold": 0.2}  # of rlx2_td3_continuous.py
-IN_PATTERN = "n m topology nstep dynamic_buffer actor_sparsity critic_sparsity".split()  # what a pattern names
+MST = {"mask_update_interval": 1000, "drop_fraction": 0.3, "mask_end": 0.8}
+IN_PATTERN = """n m topology nstep dynamic_buffer actor_sparsity critic_sparsity actor_regime critic_regime actor_nm
+    critic_nm""".split()  # what a pattern names
 WORDS = {"mask_update_interval": "K = {}", "sparse_head": "sparse head", "hidden_dim": "width {}"}
 
 
@@ -163,6 +166,10 @@ def find_pattern(meta: dict) -> str:
     args = meta["args"]
     if meta["n"]:
         return f"{meta['n']}:{meta['m']}"
+    if "critic_regime" in args and meta["pattern"] != "dense":
+        parts = [re.fullmatch("([a-z]+)(.*)", part) for part in meta["pattern"].replace("of", ":").split("_")]
+        kinds = "/".join({"rigl": "RigL", "set": "SET"}.get(part[1], part[1]) for part in parts)
+        return f"{'MST' if kinds == 'static/RigL' else kinds} {'/'.join(part[2] or '0' for part in parts)}"
     if "topology" not in args or meta.get("pattern") == "dense":
         return meta.get("pattern", "dense")
     words = [{"rigl": "RigL", "set": "SET"}.get(args["topology"], args["topology"])]
@@ -196,7 +203,7 @@ def load_run(folder: Path) -> Run:
     code = f"code {meta['code'][:6]}" if "code" in meta else "commit b4ac3f7"  # the last one without a hash
     minutes = metrics["charts/wall_time_s"].iloc[-1] / 60
     machine = f"{meta['hardware']}, {count(meta['threads'], 'thread')}"
-    kind = pattern, args.get("hidden_dim"), ", ".join(fork), code, flops_per_update(meta)
+    kind = pattern, args.get("hidden_dim", DEFAULTS["hidden_dim"]), ", ".join(fork), code, flops_per_update(meta)
     return Run(meta["run_name"], folder, meta, args, metrics, masks, curves, rowwise, setting, *kind, minutes, machine)
 
 
@@ -462,7 +469,7 @@ class Study:
 
 def method_words(run: Run) -> dict[str, str]:
     """Argument -> its name in a label, of all that tell configurations apart and are not at their default."""
-    words, defaults = {}, DEFAULTS | (RLX2 if "topology" in run.args else {})
+    words, defaults = {}, DEFAULTS | (RLX2 if "topology" in run.args else MST if "critic_regime" in run.args else {})
     for name in dict.fromkeys([*WORDS, *run.args]):
         value = run.args.get(name)
         if name not in (*SETTING, *NEUTRAL, *IN_PATTERN) and value not in (None, defaults.get(name)):
@@ -550,9 +557,9 @@ def make_studies(runs: list[Run]) -> tuple[list[Study], list[tuple[str, str]]]:
 # --- shared: colors ---
 # Okabe and Ito's colours first, one for each pattern everywhere.
 PATTERNS = "dense 2:4 1:4 1:8 1:16 4:8 2:8 1:2 3:4 1:32 2:16 4:16".split()
-PATTERNS += "RLx2 RigL SET static".split()  # methods without structure, whatever their sparsity
+PATTERNS += "RLx2 RigL SET static MST".split()  # methods without structure, whatever their sparsity
 CODES = "000000 0072B2 E69F00 009E73 CC79A7 56B4E9 D55E00 882255 AA8800 332288 6699CC 44AA99".split()
-CODES += "D62728 9467BD 17BECF 8C564B".split()
+CODES += "D62728 9467BD 17BECF 8C564B E377C2".split()
 COLORS = {pattern: f"#{code}" for pattern, code in zip(PATTERNS, CODES, strict=True)}
 
 
@@ -602,15 +609,15 @@ def band(ax, c: Configuration, curves: list[pd.Series], resamples: int, scale: f
         ax.fill_between(x, low, high, color=c.look["color"], alpha=0.15, linewidth=0)
 
 
-def draw_curves(study: Study, title: str, labels: dict, parts: list, resamples: int) -> Figure:
+def draw_curves(study: Study, title: str, labels: dict, parts: list, resamples: int, shown=None) -> Figure:
     """A row of panels for each of `parts`, such as (actor/fc1, qf1/fc1), and each kind of curve in `labels`."""
     rows = [(names, key, label) for names in parts for key, label in labels.items()]
-    size = len(rows), len(study.nets), 1.2 + 1.9 * len(rows)
+    size = len(rows), len(parts[0]), 1.2 + 1.9 * len(rows)
     figure, axes = new_figure(f"{title}: {study.name}", *size, sharex=True, sharey="row")
     for panels, (names, key, label) in zip(axes, rows, strict=True):
         for ax, name in zip(panels, names, strict=True):
-            for c in study.moving:
-                band(ax, c, [run.curve(f"{key}/{name}") for run in c.runs], resamples)
+            for c in shown or study.moving:
+                band(ax, c, [run.curve(key.format(name)) for run in c.runs], resamples)
             ax.set_title(str(name).replace("/", ", "))
             ax.set_visible(name is not None)  # a network may have fewer layers than others
         panels[0].set(ylabel=label, ylim=(0, None))
@@ -619,12 +626,12 @@ def draw_curves(study: Study, title: str, labels: dict, parts: list, resamples: 
     return add_legend(figure)
 
 
-SADS = {"sad": "SAD to the previous\nmask (of active)", "sad_initial": "SAD to the first\nmask (of active)"}
+SADS = {"sad/{}": "SAD to the previous\nmask (of active)", "sad_initial/{}": "SAD to the first\nmask (of active)"}
 AGES = {
-    "ever": "ever active, at least\n(share of all weights)",
-    "age_at_most": "mean age of the active,\nat most (steps)",
+    "ever/{}": "ever active, at least\n(share of all weights)",
+    "age_at_most/{}": "mean age of the active,\nat most (steps)",
 }
-AGES["age_at_least"] = "mean age of the active,\nat least (steps)"
+AGES["age_at_least/{}"] = "mean age of the active,\nat least (steps)"
 
 
 def draw_sad(study: Study, resamples: int) -> Figure:
@@ -642,6 +649,22 @@ def draw_layers(study: Study, resamples: int) -> Figure:
 def draw_ages(study: Study, resamples: int) -> Figure:
     """2: share of weights ever active, and mean age of the active ones."""
     return draw_curves(study, "Which weights were ever active, and for how long", AGES, [study.nets], resamples)
+
+
+PLASTICITY = {
+    "dormant": "dormant units\n(share)",
+    "srank": "srank of the\nfeatures",
+    "feature_norm": "norm of the\nfeatures",
+}
+PLASTICITY |= {"weight_norm": "norm of the\nweights", "gradient_norm": "norm of the\ngradient"}
+PLASTICITY |= {"ever_active": "ever active\n(share)"}
+
+
+def draw_plasticity(study: Study, resamples: int) -> Figure | None:
+    """3: what mst_td3_continuous.py logs of its networks."""
+    labels = {f"plasticity/{{}}/{key}": label for key, label in PLASTICITY.items()}
+    nets = [key.split("/")[1] for key in study.configurations[0].first.metrics if key.endswith("/srank")]
+    return draw_curves(study, "Plasticity", labels, [nets], resamples, study.configurations) if nets else None
 
 
 def draw_divergence(study: Study, _resamples: int) -> Figure:
@@ -751,6 +774,7 @@ def draw_scores(study: Study, resamples: int) -> Figure:
 
 FIGURES = {"returns": draw_returns, "scores": draw_scores, "sad": draw_sad, "sad_layers": draw_layers}
 FIGURES |= {"ages": draw_ages, "divergence": draw_divergence, "interval": draw_interval, "sad_return": draw_sad_return}
+FIGURES |= {"plasticity": draw_plasticity}
 
 
 # --- Tables -------------------------------------------------------------------------------------------------------
@@ -937,10 +961,10 @@ def log_wandb(args: Args, job: str, out: Path, tables: dict[str, list[dict]], fi
 
 def draw(study: Study, out: Path, resamples: int) -> list[Path]:
     """Write the figures of a study as PNG and SVG; returns the PNGs."""
-    names = FIGURES if study.moving else ("returns", "scores")
+    names = FIGURES if study.moving else ("returns", "scores", "plasticity")
     figures = {name: figure for name in names if (figure := FIGURES[name](study, resamples))}
     if missing := [name for name in FIGURES if name not in figures]:
-        reason = "for want of refreshed masks (interval: of several K)"
+        reason = "for want of refreshed masks (interval: of several K; plasticity: of MST's diagnostics)"
         print(f"note: not drawn of {study.name}, {reason}: {', '.join(missing)}", file=sys.stderr)
     file = re.sub(r"[^a-zA-Z0-9_.-]+", "_", study.name)
     for name, kind in itertools.product(figures, ("png", "svg")):

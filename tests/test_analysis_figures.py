@@ -90,3 +90,34 @@ def test_topologies_without_structure_beside_nm(dense, rnm, rlx2, small, monkeyp
     reasons = dict(load(tmp_path / "runs")[2])
     assert "damaged: the last sad_initial/qf1" in reasons[done["RLx2, K = 20"].name]
     assert "the number of active weights of qf1.fc1 changes" in reasons[done["RigL"].name] and len(reasons) == 2
+
+
+def test_module_specific_training(mst, small, monkeypatch, capsys, tmp_path):
+    """Real runs: SimBa's dense network is their dense one; names, colours, plasticity in a figure, thinning."""
+    common = {"runs_dir": str(tmp_path / "runs"), "total_timesteps": 200, "eval_interval": 50}
+    options = [{"actor_regime": "dense", "critic_regime": "dense"}, {}, {"critic_regime": "static"}, {"mask_end": 0.9}]
+    options += [{"actor_nm": "2:4", "critic_nm": "2:4"}, {"actor_regime": "rigl", "critic_regime": "dense"}]
+    for change in options:
+        mst.train(small(mst, **common | change))
+    monkeypatch.setattr(sa, "MST", sa.MST | {"mask_update_interval": 20})
+    monkeypatch.setattr(sa, "FIGURES", {"plasticity": sa.draw_plasticity})
+    argv = ("--no-track", "--out", tmp_path / "a", "--thin", tmp_path / "thin")
+    code, _, err = run(monkeypatch, capsys, tmp_path / "runs", *argv)
+    (study,), _, skipped = load(tmp_path / "runs")
+    assert code == 0 and "plasticity" not in err.rpartition("): ")[2] and not skipped
+    labels = [c.label for c in study.configurations]
+    assert labels == [
+        "dense",
+        "MST 2:4/2:4",
+        "MST 60/60",
+        "MST 60/60, mask_end 0.9",
+        "RigL/dense 60/0",
+        "static/static 60/60",
+    ]
+    assert all(study.dense(c).label == "dense" for c in study.configurations)
+    assert study.configurations[2].look["color"] == sa.COLORS["MST"]
+    figure = sa.draw_plasticity(study, 100)
+    assert len(figure.axes) == 18 and [len(ax.lines) for ax in figure.axes[:3]] == [6, 6, 6]
+    assert len(list((tmp_path / "a").glob("*_plasticity.png"))) == 1
+    (thin,), _, skipped = load(tmp_path / "thin")
+    assert [c.label for c in thin.configurations] == labels and not skipped

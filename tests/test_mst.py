@@ -464,4 +464,4 @@ def test_names(mst):
     }
     for change, name in names.items():
         assert mst.pattern(mst.Args(**dict([change] if change else []))) == name
-    assert mst.pattern(mst.Args(actor_regime="dense", critic_regime="dense")) == "dense_dense"
+    assert mst.pattern(mst.Args(actor_regime="dense", critic_regime="dense")) == "dense"
