@@ -38,6 +38,7 @@ import ctypes
 import fcntl
 import hashlib
 import inspect
+import itertools
 import json
 import math
 import os
@@ -564,6 +565,7 @@ def train(args: Args) -> dict:
     state.ever = first_masks
     if args.resume:
         load_checkpoint(args, state, agent, rb, rng, env)
+    warn_of_schedule(args)
     columns = metric_columns(agent) + list(sad_metrics(first_masks, first_masks, first_masks))
     columns += [f"plasticity/{net.name}/{name}" for net in agent.networks for name in PLASTICITY]
     with Run(args, columns, stats, state) as run:
@@ -672,7 +674,7 @@ def dormant_share(activations: list[torch.Tensor], threshold: float = 0.1) -> fl
     Sokar et al., arXiv 2302.12902)."""
     means = [h.abs().mean(0) for h in activations]
     dormant = sum(int((mean <= threshold * (mean.mean() + 1e-9)).sum()) for mean in means)
-    return dormant / sum(map(len, means))
+    return dormant / sum(map(len, means)) if means else math.nan
 
 
 def srank(features: torch.Tensor, delta: float = 0.01) -> int:
@@ -682,54 +684,61 @@ def srank(features: torch.Tensor, delta: float = 0.01) -> int:
 
 
 def diagnose(agent: Agent, rb: "ReplayBuffer", args: Args, step: int) -> dict[str, float]:
-    """Plasticity of each online network on one batch, with a random stream of its own."""
-    generator, row, seen = torch.Generator().manual_seed(step), {}, {}
-    data = rb.sample(args.batch_size, generator)
-    smoothing = torch.Generator(args.device).manual_seed(step)
-    handles = []
+    """Plasticity of each online network on one batch, with random streams of its own; features: the head's input."""
+    data, smoothing = rb.sample(args.batch_size, torch.Generator().manual_seed(step)), torch.Generator(args.device)
+    hidden, features, handles, row = {}, {}, [], {}
     for net in agent.networks:
-        for name, module in net.online.named_modules():
-            if isinstance(module, nn.ReLU) or name == "net.norm":
+        own, head = hidden.setdefault(net.name, {}), None
 
-                def record(_module, _inputs, output, key=(net.name, name)) -> None:
-                    seen.setdefault(key, output.detach())
+        def keep(module, _inputs, output, own=own) -> None:
+            own.setdefault(module, output.detach())  # of the first call: the actor's loss calls qf1 again
 
-                handles.append(module.register_forward_hook(record))
-    qf_loss = sum(critic_losses(agent, data, args, smoothing)[2:])
-    q_grads = gradients_of(qf_loss, [net.online for net in agent.networks if net.name != "actor"])
+        def keep_features(_module, inputs, name=net.name) -> None:
+            features.setdefault(name, inputs[0].detach())
+
+        for module in net.online.modules():
+            if type(module).__module__ == "torch.nn.modules.activation":
+                handles.append(module.register_forward_hook(keep))
+            head = module if isinstance(module, nn.Linear | SparseLinear) else head
+        handles.append(head.register_forward_pre_hook(keep_features))
+    qf_loss = sum(critic_losses(agent, data, args, smoothing.manual_seed(step))[2:])
+    grads = gradients_of(qf_loss, [net.online for net in agent.networks if net.name != "actor"])
     actor_loss = -agent.qf1(data.observations, agent.actor(data.observations)).mean()
-    grads = gradients_of(actor_loss, [agent.actor]) | q_grads
+    grads |= gradients_of(actor_loss, [agent.actor])
     for handle in handles:
         handle.remove()
-    for net in agent.networks:
-        hidden = [h for (own, name), h in seen.items() if own == net.name and name != "net.norm"]
-        features = seen[net.name, "net.norm"]
-        values = dormant_share(hidden), srank(features), features.norm(dim=1).mean().item()
-        weights = torch.cat([param.detach().flatten() for param in net.online.parameters()]).norm().item()
-        numbers = (*values, weights, grads[net.online])
-        row |= {f"plasticity/{net.name}/{key}": x for key, x in zip(PLASTICITY, numbers, strict=False)}
+    for name, net in ((net.name, net.online) for net in agent.networks if net.name in features):  # which losses call
+        numbers = [dormant_share(list(hidden[name].values())), srank(features[name])]
+        numbers += [features[name].norm(dim=1).mean().item(), norm_of(net.parameters()), grads[net]]
+        row |= {f"plasticity/{name}/{key}": x for key, x in zip(PLASTICITY, numbers, strict=False)}
     return row
 
 
+def norm_of(tensors) -> float:
+    return math.sqrt(sum(x.detach().double().square().sum().item() for x in tensors if x is not None))
+
+
 def gradients_of(loss: torch.Tensor, nets: list[nn.Module]) -> dict[nn.Module, float]:
+    """Norm of the loss's gradient in each network."""
     params = {net: list(net.parameters()) for net in nets}
-    grads = torch.autograd.grad(loss, [param for own in params.values() for param in own])
-    found, start = {}, 0
-    for net, own in params.items():
-        found[net] = torch.cat([grad.flatten() for grad in grads[start : start + len(own)]]).norm().item()
-        start += len(own)
-    return found
+    grads = iter(torch.autograd.grad(loss, [p for own in params.values() for p in own], allow_unused=True))
+    return {net: norm_of(list(itertools.islice(grads, len(own)))) for net, own in params.items()}
 
 
 def ever_active(ever: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Share of a network's maskable weights that were active at some time."""
+    """Share of a network's maskable weights that were active at some time; masks by '<net>.<layer>'."""
     nets = dict.fromkeys(name.split(".")[0] for name in ever)
-    return {
-        f"plasticity/{net}/ever_active": statistics.fmean(
-            torch.cat([E.flatten() for name, E in ever.items() if name.split(".")[0] == net]).float().tolist()
-        )
-        for net in nets
-    }
+    own = {net: torch.cat([E.flatten() for name, E in ever.items() if name.split(".")[0] == net]) for net in nets}
+    return {f"plasticity/{net}/ever_active": E.double().mean().item() for net, E in own.items()}
+
+
+def warn_of_schedule(args: Args) -> None:
+    """Say whose masks the flags let change, though this run is too short for it."""
+    updates = args.total_timesteps - args.learning_starts
+    for name, (regime, _, _) in regimes(args).items():
+        own = updates // args.policy_frequency if name == "actor" else updates
+        if regime in ("rigl", "set") and args.mask_update_interval >= args.mask_end * own:
+            print(f"warning: masks of the {name} do not change, --mask-update-interval is beyond it", file=sys.stderr)
 
 
 # --- shared: sad ---

@@ -472,6 +472,8 @@ def method_words(run: Run) -> dict[str, str]:
     words, defaults = {}, DEFAULTS | (RLX2 if "topology" in run.args else MST if "critic_regime" in run.args else {})
     for name in dict.fromkeys([*WORDS, *run.args]):
         value = run.args.get(name)
+        if name in MST and run.pattern == "dense":
+            continue  # of masks, which it has not
         if name not in (*SETTING, *NEUTRAL, *IN_PATTERN) and value not in (None, defaults.get(name)):
             words[name] = WORDS.get(name, f"{name} {{}}").format(value)
     if words.get("mask_update_interval") == "K = 0":

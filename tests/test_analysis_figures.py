@@ -95,11 +95,16 @@ def test_topologies_without_structure_beside_nm(dense, rnm, rlx2, small, monkeyp
 def test_module_specific_training(mst, small, monkeypatch, capsys, tmp_path):
     """Real runs: SimBa's dense network is their dense one; names, colours, plasticity in a figure, thinning."""
     common = {"runs_dir": str(tmp_path / "runs"), "total_timesteps": 200, "eval_interval": 50}
-    options = [{"actor_regime": "dense", "critic_regime": "dense"}, {}, {"critic_regime": "static"}, {"mask_end": 0.9}]
+    options = [
+        {"actor_regime": "dense", "critic_regime": "dense", "mask_update_interval": 30},
+        {},
+        {"critic_regime": "static"},
+        {"mask_end": 0.9},
+    ]
     options += [{"actor_nm": "2:4", "critic_nm": "2:4"}, {"actor_regime": "rigl", "critic_regime": "dense"}]
     for change in options:
         mst.train(small(mst, **common | change))
-    monkeypatch.setattr(sa, "MST", sa.MST | {"mask_update_interval": 20})
+    monkeypatch.setattr(sa, "MST", sa.MST | {"mask_update_interval": 20})  # of no account for dense
     monkeypatch.setattr(sa, "FIGURES", {"plasticity": sa.draw_plasticity})
     argv = ("--no-track", "--out", tmp_path / "a", "--thin", tmp_path / "thin")
     code, _, err = run(monkeypatch, capsys, tmp_path / "runs", *argv)

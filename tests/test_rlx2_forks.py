@@ -17,8 +17,8 @@ OWN_EDITS = {
         )
     ],
     "dense gradients at each update": [("critics if drop is not None else []", "critics")],
-    "log score": [("(gradient.abs() if args", "(gradient.abs().log() if args")],
-    "signed score": [("(gradient.abs() if args", "(-1e9 * gradient if args")],
+    "log score": [("score = gradient.abs() if", "score = gradient.abs().log() if")],
+    "signed score": [("score = gradient.abs() if", "score = -1e9 * gradient if")],
 }
 
 

@@ -1,0 +1,112 @@
+"""Forks of mst_td3_continuous.py, made from its text: each computes what its text says, across changes of masks."""
+
+import pytest
+import torch
+from conftest import ROOT, load, read_meta, read_rows, stop_at
+from test_mst import batch, spaces
+
+EDITS = {
+    "tanh": [('"relu": nn.ReLU()}', '"relu": nn.Tanh()}')],
+    "no norm": [('"norm": nn.LayerNorm(d, eps=1e-6), "fc1"', '"norm": nn.Identity(), "fc1"')],
+    "no residual": [("return h + self.net(h)", "return self.net(h)")],
+    "layer's forward": [
+        (
+            "return F.linear(x, self.sparse_weight(), self.bias)",
+            "return F.linear(x, self.sparse_weight(), self.bias) / 2",
+        )
+    ],
+    "layer's weight": [
+        (".put(self.positions, self.active_weights)", ".put(self.positions, self.active_weights).tanh()")
+    ],
+    "third critic": [
+        ("for _ in range(2)]", "for _ in range(3)]"),
+        ('"qf2": critics[1]}', '"qf2": critics[1], "qf3": critics[2]}'),
+        (
+            "qf_loss = qf1_loss + qf2_loss",
+            "qf_loss = qf1_loss + qf2_loss + agent.qf3(data.observations, data.actions).square().mean()",
+        ),
+    ],
+    "step and change": [
+        (
+            "    if drop is None or not gradients:\n        optimizer.step()\n    else:",
+            "    optimizer.step()\n    if drop is not None:",
+        )
+    ],
+}
+OPTIONS = {"actor_hidden_dim": 8, "critic_hidden_dim": 16, "batch_size": 32, "critic_nm": "2:4", "actor_regime": "rigl"}
+
+
+@pytest.fixture
+def fork(tmp_path):
+    def make_fork(name):
+        text = (ROOT / "mst_td3_continuous.py").read_text()
+        for old, new in EDITS[name]:
+            assert old in text, (name, old)
+            text = text.replace(old, new)
+        (tmp_path / "fork").mkdir()
+        path = tmp_path / "fork" / "mst_td3_continuous.py"
+        path.write_text(text)
+        return load(path)
+
+    return make_fork
+
+
+def test_a_fork_that_kernels_would_miss_is_refused(fork):
+    module = fork("layer's weight")
+    args, env = module.Args(**OPTIONS), spaces(11, 3)
+    agent = module.Agent(module.sparsify(module.make_networks(args, env), args), args.learning_rate)
+    with pytest.raises(module.UserError, match="use --kernel torch"):
+        module.use_kernel(args, agent, env)
+
+
+@pytest.mark.parametrize("name", [name for name in EDITS if name != "layer's weight"])
+def test_forks_are_computed_as_they_say(mst, fork, name, monkeypatch):
+    module, results, calls = fork(name), {}, []
+    for key, script, kernel in (("nm", module, "nm"), ("torch", module, "torch"), ("unedited", mst, "torch")):
+        args, env = script.Args(**OPTIONS, kernel=kernel, mask_update_interval=4, learning_rate=3e-3), spaces(11, 3)
+        args.total_timesteps = args.learning_starts + 1000
+        torch.manual_seed(0)
+        agent = script.Agent(script.sparsify(script.make_networks(args, env), args), args.learning_rate)
+        script.use_kernel(args, agent, env)
+        forward, generator = script.chain_forward, torch.Generator().manual_seed(0)
+        with monkeypatch.context() as patch:
+            patch.setattr(script, "chain_forward", lambda *a, f=forward, k=key, **o: calls.append(k) or f(*a, **o))
+            for update in range(1, 13):
+                drops, before = script.drop_fractions(args, update), script.get_masks(agent)
+                data = batch(seed=update)
+                script.update_critics(agent, data, args, generator, drops.get("critic"))
+                if update % 2 == 0:
+                    script.update_actor(agent, data, args, drops.get("actor"))
+                    script.update_targets(agent, args.tau)
+                moved = {layer for layer, E in script.get_masks(agent).items() if not torch.equal(E, before[layer])}
+                assert bool(moved) == (update % 4 == 0)
+                assert any(layer.startswith("actor") for layer in moved) == (update == 8)  # its own fourth update
+        nets = {net.name: net.online for net in agent.networks} | {"target": agent.qf1_target}
+        results[key] = {f"{net}.{k}": x for net, part in nets.items() for k, x in script.plain_state(part).items()}
+    assert calls.count("torch") == calls.count("unedited") == 0
+    assert not calls if name.startswith("layer's") else len(calls) > 80
+    assert results["nm"].keys() == results["torch"].keys()
+    for key, x in results["torch"].items():
+        assert (results["nm"][key] - x).abs().max() <= 1e-3, key
+    shared = results["torch"].keys() & results["unedited"].keys()
+    same = [torch.equal(results["torch"][key], results["unedited"][key]) for key in shared]
+    assert not all(same) or name == "third critic"
+
+
+@pytest.mark.parametrize("name", ["third critic", "tanh"])
+def test_forks_run_and_resume(fork, small, cli, monkeypatch, name):
+    module = fork(name)
+    monkeypatch.setattr("conftest.mst_td3_continuous", module)  # it wants the same flags
+    options = {"total_timesteps": 400, "diagnostics_interval": 100}
+    whole = module.train(small(module, **options))["run_dir"]
+    with monkeypatch.context() as patch:
+        stop_at(patch, module, 233)
+        part = module.train(small(module, **options))["run_dir"]
+    assert cli(module, "--resume", part, small=False)[0] == 0
+    assert read_rows(whole) == read_rows(part) and read_meta(whole)["final_score"] == read_meta(part)["final_score"]
+    last = read_rows(whole)[-1]
+    nets = {"actor", "qf1", "qf2", "qf3"} if name == "third critic" else {"actor", "qf1", "qf2"}
+    assert {key.split("/")[1] for key in last if key.startswith("plasticity/")} == nets
+    assert all(
+        0 <= float(last[f"plasticity/{net}/dormant"]) <= 1 and last[f"plasticity/{net}/srank"] for net in nets - {"qf3"}
+    )
