@@ -5,15 +5,15 @@
 
 policy.c is C99, needs no library but tanhf, allocates nothing, and holds one function,
 void policy(const float observation[], float action[]), with tables of the active weights alone: of N:M each with its
-place in its group (1, 2, 4 or 8 bits), of topologies without structure with its column (8 or 16 bits). Networks are
-chains of linear layers, ReLU and Tanh, as meta.json lists them. The run's first 16 observations and its actions there,
-which model.pt holds, must agree with that chain; a fork whose network does more, but not in these, is not found out.
-Exit codes: 0 done, 1 the check or the disk failed, 2 bad input.
+place in its group (1, 2, 4 or 8 bits), of other topologies with its column (8 or 16 bits). Networks are chains of
+linear layers, ReLU and Tanh, as meta.json lists them, and must act as the run did at the 16 observations in model.pt;
+a fork whose network does more, but not in these, is not found out. Exit codes: 0 done, 1 check or disk, 2 bad input.
 """
 
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -30,7 +30,6 @@ import torch
 import tyro
 
 TOLERANCE = 1e-5  # largest difference of an action, as a share of its range
-FLASH = 256 * 1024  # bytes of the small machine
 ROUNDS, CALLS = 20, 500  # of each implementation, in turns
 
 Layer = namedtuple("Layer", "name weight bias dense activation")  # weight [out, in]; activation ReLU, Tanh or Identity
@@ -47,37 +46,37 @@ class Args:
     """replace a policy.c that differs"""
 
 
-class UserError(Exception):
-    """What the user pointed to is wrong."""
-
-
 def read_policy(folder: Path) -> Policy:
-    """Raises UserError if the run is no chain that acts as its own network did, other errors if it is damaged."""
-    meta = json.loads((folder / "meta.json").read_text())
+    """Raises ValueError if the run is no chain that acts as its own network did, other errors if it is damaged."""
+    meta = json.loads((folder / "meta.json").read_bytes())
     content = torch.load(folder / "model.pt", weights_only=True)
     state = {name: x.numpy() for name, x in content["actor"].items()}
     observations, actions = (x.numpy() for x in content["probe"])
+    if not all(np.isfinite(x).all() for x in state.values()):
+        raise ValueError("model.pt holds a number that is not finite")
     scale, middle, layers = state.pop("action_scale"), state.pop("action_bias"), []
     for part in meta["modules"]["actor"]:
         name, kind = part["name"], part["type"]
         if kind in ("Linear", "SparseLinear"):
             weight = state.pop(f"{name}.weight")
             if np.count_nonzero(weight) > part["active"]:
-                raise UserError(f"{name} has more weights in model.pt than meta.json says")
+                raise ValueError(f"{name} has more weights in model.pt than meta.json says")
             bias = state.pop(f"{name}.bias", np.zeros(len(weight), np.float32))
             layers.append(Layer(name, weight, bias, part["active"] == weight.size, "Identity"))
         elif kind in ("ReLU", "Tanh") and layers and layers[-1].activation == "Identity":
             layers[-1] = layers[-1]._replace(activation=kind)
         elif kind not in ("Identity", "Dropout"):  # which do nothing in a policy that acts
-            raise UserError(f"{name} is a {kind}; only chains of Linear, ReLU and Tanh can be exported")
+            raise ValueError(
+                f"{name} is a {kind}; only chains of Linear, each with a ReLU, a Tanh or nothing after, will do"
+            )
     if state:
-        raise UserError(f"a plain chain has no {min(state)}")
-    if not observations.any():
-        raise UserError("it was stopped before its first checkpoint: no action shows what its network is")
+        raise ValueError(f"a plain chain has no {min(state)}")
+    if meta["final_score"] is None and not observations.any():
+        raise ValueError("it was stopped before its first checkpoint: no action shows what its network is")
     policy = Policy(folder, meta, layers, scale, middle)
-    error = np.abs(numpy_policy(policy, observations) - actions).max() / scale.min()
+    error = np.abs((numpy_policy(policy, observations) - actions) / scale).max()
     if not error <= 1e-4:
-        raise UserError(f"a plain chain of its layers does not act as its network did (off by {error:.1e})")
+        raise ValueError(f"a plain chain of its layers does not act as its network did (off by {error:.1e})")
     return policy
 
 
@@ -106,7 +105,6 @@ SPARSE = """\
     }}
 """
 ACTIVATIONS = {
-    "Identity": "",
     "ReLU": "    for (int r = 0; r < {rows}; r++) {y}[r] = {y}[r] < 0 ? 0 : {y}[r];\n",
     "Tanh": "    for (int r = 0; r < {rows}; r++) {y}[r] = tanhf({y}[r]);\n",
 }
@@ -134,24 +132,24 @@ def write_layer(i: int, layer: Layer, n: int | None, m: int | None, x: str, y: s
     """Tables, loops, and the bytes of the tables, of layer number i, which takes x and makes y."""
     weight, (rows, cols), loops, step = layer.weight, layer.weight.shape, SPARSE, 4
     each, column = f"n{i}[r]", f"c{i}[k + j + a]"  # how many weights a row has, column of number j + a of them
+    tables = {"b": layer.bias}
     if layer.dense:
-        tables, loops = {"w": weight.T}, DENSE
+        tables["w"], loops = weight.T, DENSE
     elif n and m <= 256 and (places := place_in_groups(weight, n, m)) is not None:
         each, bits = places.shape[1], next(bits for bits in (1, 2, 4, 8) if m <= 2**bits)
         slots = np.pad(places, ((0, 0), (0, -each * bits % 8 // bits)))  # a row begins with a byte of its own
         packed = (slots.reshape(rows, -1, 8 // bits) << np.arange(0, 8, bits)).sum(axis=2)  # the first in the low bits
-        tables = {"w": np.take_along_axis(weight, np.arange(each) // n * m + places, axis=1), "p": packed}
+        tables |= {"w": np.take_along_axis(weight, np.arange(each) // n * m + places, axis=1), "p": packed}
         per_byte, step = 8 // bits, max(4, 8 // bits)
         group = f"j / {n} * {m} + a / {n} * {m}" if step % n == 0 else f"(j + a) / {n} * {m}"
         byte = f"p{i}[r * {packed.shape[1]} + j / {per_byte} + a / {per_byte}]"
         column = f"{group} + ({byte} >> a % {per_byte} * {bits} & {2**bits - 1})"
     else:
-        tables = {"w": weight[weight != 0], "c": weight.nonzero()[1], "n": (weight != 0).sum(axis=1)}
-    narrow = {name: x.astype(np.min_scalar_type(x.max(initial=0))) for name, x in tables.items() if name != "w"}
-    tables = {"b": layer.bias} | tables | narrow
+        tables |= {"w": weight[weight != 0], "c": weight.nonzero()[1], "n": (weight != 0).sum(axis=1)}
+    tables |= {name: x.astype(np.min_scalar_type(x.max(initial=0))) for name, x in tables.items() if name in "pcn"}
     text = f"/* {layer.name}: {cols} to {rows}, {tables['w'].size} weights */\n"
     text += "".join(table(f"{name}{i}", values) for name, values in tables.items())
-    loops = (loops + ACTIVATIONS[layer.activation]).format(**locals())
+    loops = (loops + ACTIVATIONS.get(layer.activation, "")).format(**locals())
     return text, loops, sum(values.nbytes for values in tables.values())
 
 
@@ -170,8 +168,8 @@ def write_c(policy: Policy) -> tuple[str, int]:
    trained on {meta["args"]["env_id"]} by {meta["script"]},
    commit {meta.get("commit")}{" with changes" * bool(meta.get("dirty"))}. Final score: {score}.
    {layers[0].weight.shape[1]} observations -> {len(scale)} actions in {bounds},
-   in that environment's order and units. A NaN among the observations gives NaN. C99; needs tanhf (-lm);
-   {4 * sum(len(layer.weight) for layer in layers[:-1]):,} bytes of stack for hidden layers, {size:,} bytes of tables:
+   in that environment's order and units. C99, int of 32 bits, tanhf (-lm); the two arrays must not overlap;
+   {4 * sum(len(layer.weight) for layer in layers[:-1]):,} bytes of stack for hidden layers, {size:,} of tables:
    w, weights, of dense layers column after column, else the active ones row after row; b, biases; p, place of each
    active weight in its group, the first in the lowest bits; c, column of each active weight; n, how many a row has. */
 #include <math.h>
@@ -204,7 +202,6 @@ int main(void) {  /* observations in; actions, and the microseconds of each call
         y[POLICY_ACTIONS] = (b.tv_sec - a.tv_sec) * 1e6f + (b.tv_nsec - a.tv_nsec) * 1e-3f;
         fwrite(y, sizeof y, 1, stdout);
     }
-    return 0;
 }
 """
 ARM, ARM_RUN = "arm-linux-gnueabihf-gcc", "qemu-arm"
@@ -273,9 +270,9 @@ def times(policy: Policy, actor: Actor, host: Path, x: np.ndarray) -> dict[str, 
         options = ort.SessionOptions()
         options.intra_op_num_threads = 1
         session = ort.InferenceSession(f"{host}.onnx", options)
-        calls["ONNX Runtime"] = lambda x: session.run(None, {"x": x}), x[:, None]
-    except ImportError:
-        pass
+        calls["ONNX Runtime"] = (lambda x: session.run(None, {"x": x})), x[:, None]
+    except Exception as error:  # it may not be installed
+        print(f"ONNX Runtime: not timed ({error})")
     us = {name: [] for name in ("policy.c", *calls)}
     for turn in np.split(np.arange(len(x)), ROUNDS):
         us["policy.c"] += run_c([str(host)], x[turn])[:, -1].tolist()
@@ -296,7 +293,7 @@ def check(policy: Policy, size: int) -> bool:
     actor, include, errors = Actor(policy), f"-I{policy.folder.resolve()}", []
     x = visited(policy.meta["args"]["env_id"], actor, ROUNDS * CALLS)
     wanted = actor(torch.from_numpy(x)).numpy()
-    native = [*(os.environ.get("CC") or "cc").split(), "-O3", "-march=native", include]
+    native = [*(shlex.split(os.environ.get("CC", "")) or ["cc"]), "-O3", "-march=native", include]
     machines = {"here": (native, []), "32-bit ARM (emulated)": ([ARM, "-O2", "-static", include], [ARM_RUN])}
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder, "policy")
@@ -313,15 +310,15 @@ def check(policy: Policy, size: int) -> bool:
                 actions = run_c([*runner, str(out)], x)[:, :-1]
                 errors += [np.abs((actions - wanted) / (2 * policy.scale)).max()]
                 print(f"Largest difference of {len(x):,} actions from torch, {where}: {errors[-1]:.1e} of the range")
-            except (OSError, subprocess.CalledProcessError) as error:
+            except FileNotFoundError as error:  # not installed
                 print(f"{where}: not checked ({error})")
         try:
             found = sections("arm-none-eabi-size", out, [*M4.split(), include])
             sizes = {name: found.get(name, 0) for name in (".text", ".rodata", ".data")}
             words = ", ".join(f"{name} {number:,}" for name, number in sizes.items())
-            fits = "fits" if sum(sizes.values()) <= FLASH else "does not fit"
-            print(f"Cortex-M4, with tanhf and newlib: {words} bytes, which {fits} into {FLASH // 1024} KiB of flash")
-        except (OSError, subprocess.CalledProcessError) as error:
+            fits = "fits" if sum(sizes.values()) <= 2**18 else "does not fit"
+            print(f"Cortex-M4, with tanhf and newlib: {words} bytes, which {fits} into 256 KiB of flash")
+        except FileNotFoundError as error:  # not installed
             print(f"Cortex-M4: not compiled ({error})")
     return all(error <= TOLERANCE for error in errors)
 
@@ -332,17 +329,20 @@ def main() -> int:
     try:
         policy = read_policy(Path(args.run))
         text, size = write_c(policy)
-        if path.exists() and path.read_bytes() != text.encode() and not args.force:
-            raise UserError("policy.c exists and differs: move it away, or replace it with --force")
+        old, new = path.read_bytes() if path.exists() else None, text.encode()
+        if old not in (None, new) and not args.force:
+            raise ValueError("policy.c exists and differs: move it away, or replace it with --force")
         code = 1
-        temporary.write_text(text)
-        temporary.replace(path)
+        if old != new:
+            temporary.write_bytes(new)
+            temporary.replace(path)
         print(f"{path}: {size:,} bytes of tables")
         return 0 if not args.check or check(policy, size) else 1
     except Exception as error:
-        temporary.unlink(missing_ok=True)
-        kind = "" if code == 1 or isinstance(error, UserError) else f"no policy to export: {type(error).__name__}: "
-        print(f"error: {args.run}: {kind}{(str(error).strip() or repr(error)).splitlines()[0]}", file=sys.stderr)
+        if code == 1 and temporary.is_file():
+            temporary.unlink()
+        reason = (str(error) if " " in str(error) else repr(error)).strip().splitlines()[0]
+        print(f"error: {args.run}: {reason}", file=sys.stderr)
         return code
 
 

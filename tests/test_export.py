@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -93,7 +94,7 @@ def test_the_c_policy_is_the_policy(name, dense, rnm, rlx2, small, monkeypatch, 
         key: {"float": 4, "uint8_t": 1, "uint16_t": 2}[kind] for kind, key in re.findall(r"const (\w+) (\w+)\[", text)
     }
     size = sum(counts[key] * widths[key] for key in counts)
-    assert f"{size:,} bytes of tables" in text and f"{size:,} bytes" in out
+    assert f"{size:,} of tables" in text and f"{size:,} bytes" in out
     active = [part.get("active") for part in meta["modules"]["actor"] if "active" in part]
     assert [counts[f"w{i}"] for i in (1, 2, 3)] == active  # no inactive weight is stored
 
@@ -150,18 +151,30 @@ def edit_model(folder, change):
 
 
 FAULTS = {
-    "no folder": (lambda f: shutil.rmtree(f), "no policy to export"),
-    "no model": (lambda f: (f / "model.pt").unlink(), "no policy to export"),
-    "torn model": (lambda f: (f / "model.pt").write_bytes((f / "model.pt").read_bytes()[:5000]), "no policy to export"),
-    "torn meta": (lambda f: (f / "meta.json").write_text("{"), "no policy to export"),
+    "no folder": (lambda f: shutil.rmtree(f), "error: "),
+    "no model": (lambda f: (f / "model.pt").unlink(), "error: "),
+    "torn model": (lambda f: (f / "model.pt").write_bytes((f / "model.pt").read_bytes()[:5000]), "error: "),
+    "torn meta": (lambda f: (f / "meta.json").write_text("{"), "error: "),
     "norm": (
         lambda f: edit_meta(f, lambda m: m["modules"]["actor"][1].update(type="LayerNorm")),
         "relu1 is a LayerNorm",
     ),
-    "empty probe": (lambda f: edit_model(f, lambda c: c["probe"][0].zero_()), "stopped before its first checkpoint"),
+    "empty probe": (
+        lambda f: (
+            edit_model(f, lambda c: c["probe"][0].zero_()),
+            edit_meta(f, lambda m: m.update(final_score=None)),
+        ),
+        "stopped before its first checkpoint",
+    ),
     "extra parameter": (lambda f: edit_model(f, lambda c: c["actor"].update(gain=torch.ones(1))), "has no gain"),
-    "no pattern": (lambda f: edit_meta(f, lambda m: m.pop("n")), "no policy to export"),
-    "no score": (lambda f: edit_meta(f, lambda m: m.update(final_score="x")), "no policy to export"),
+    "no pattern": (lambda f: edit_meta(f, lambda m: m.pop("n")), "KeyError('n')"),
+    "not finite": (lambda f: edit_model(f, lambda c: c["actor"]["fc1.bias"].fill_(-math.inf)), "not finite"),
+    "two activations": (
+        lambda f: edit_meta(f, lambda m: m["modules"]["actor"].insert(2, {"name": "act", "type": "Tanh"})),
+        "act is a Tanh; only chains",
+    ),
+    "NaN in the probe": (lambda f: edit_model(f, lambda c: c["probe"][1][7].fill_(math.nan)), "does not act as"),
+    "no score": (lambda f: edit_meta(f, lambda m: m.update(final_score="x")), "error: "),
     "residual": (lambda f: edit_model(f, lambda c: c["probe"][1].add_(0.3)), "does not act as its network did"),
     "no ReLU": (lambda f: edit_meta(f, lambda m: m["modules"]["actor"].pop(1)), "does not act as its network did"),
     "other weights": (lambda f: edit_model(f, lambda c: c["actor"]["fc2.weight"].add_(1.0)), "fc2 has more weights"),
@@ -175,6 +188,61 @@ def test_what_is_no_chain_is_refused(run, fault, monkeypatch, capsys):
     code, out, err = export(monkeypatch, capsys, run)
     assert code == 2 and out == "" and err.startswith("error: ") and reason in err and err.count("\n") == 1
     assert not (run / "policy.c").exists()
+
+
+@pytest.mark.parametrize("row", [0, 15])
+@pytest.mark.parametrize("size, code", [(4e-5, 0), (4e-4, 2)])
+def test_the_probe_must_agree_in_each_action(run, row, size, code, monkeypatch, capsys):
+    """Of each action by its own scale: here of the wider one, 1.25."""
+    edit_model(run, lambda c: c["probe"][1][row, 1].add_(size * 1.25))
+    assert export(monkeypatch, capsys, run)[0] == code
+
+
+def test_forks_that_are_chains(run, monkeypatch, capsys):
+    """Tanh, no bias, what does nothing in a policy that acts: as their own run would have left them."""
+    parts = {"Tanh": (1, "Tanh"), "Dropout": (3, "Dropout"), "Identity": (3, "Identity")}
+
+    def change(meta):
+        for i, kind in parts.values():
+            meta["modules"]["actor"].insert(i, {"name": kind, "type": kind})
+        del meta["modules"]["actor"][2]  # relu1, which Tanh replaces
+
+    edit_meta(run, change)
+
+    def forward(content):
+        p, x = content["actor"], content["probe"][0]
+        p["fc1.weight"] *= 5
+        h = torch.tanh(x @ p["fc1.weight"].T + p["fc1.bias"])
+        h = torch.relu(h @ p["fc2.weight"].T)
+        del p["fc2.bias"]
+        content["probe"][1][:] = torch.tanh(h @ p["fc_mu.weight"].T + p["fc_mu.bias"]) * p["action_scale"]
+        content["probe"][1].add_(p["action_bias"])
+
+    edit_model(run, forward)
+    assert [part["type"] for part in json.loads((run / "meta.json").read_text())["modules"]["actor"]][:2] == [
+        "SparseLinear",
+        "Tanh",
+    ]
+    code, _, err = export(monkeypatch, capsys, run)
+    assert code == 0, err
+    model = torch.load(run / "model.pt", weights_only=True)
+    act = compiled(run, 3, 2, "-O2")
+    assert np.abs(act(model["probe"][0]) - model["probe"][1].numpy()).max() <= 1e-5
+
+
+def test_what_is_no_folder_of_a_run(run, monkeypatch, capsys):
+    for path in (run / "model.pt", run / "meta.json"):
+        code, _, err = export(monkeypatch, capsys, path)
+        assert code == 2 and err.count("\n") == 1 and "Not a directory" in err
+    assert export(monkeypatch, capsys, run)[0] == 0
+    text, before = (run / "policy.c").read_text(), (run / "policy.c").stat().st_mtime_ns
+    assert export(monkeypatch, capsys, run)[0] == 0 and (run / "policy.c").stat().st_mtime_ns == before
+    (run / "policy.c").write_text("mine")
+    write = Path.write_bytes
+    monkeypatch.setattr(Path, "write_bytes", lambda path, data: write(path, data[:9]) and 1 / 0)  # a full disk
+    code, _, err = export(monkeypatch, capsys, run, "--force")
+    assert code == 1 and err.count("\n") == 1 and (run / "policy.c").read_text() == "mine" != text
+    assert not (run / "policy.c.tmp").exists()
 
 
 def test_a_policy_that_differs_is_kept(run, monkeypatch, capsys):
@@ -208,6 +276,9 @@ def test_check(run, monkeypatch, capsys):
     monkeypatch.setattr(ex, "M4", "no-such-gcc -Os")
     out = export(monkeypatch, capsys, run, "--check")[1]
     assert "32-bit ARM (emulated): not checked" in out and "Cortex-M4: not compiled" in out
+    monkeypatch.setattr(ex, "M4", "false -Os")  # there, but it fails
+    code, _, err = export(monkeypatch, capsys, run, "--check")
+    assert code == 1 and "false failed: no reason given" in err
 
 
 def test_a_check_that_fails(run, monkeypatch, capsys):
