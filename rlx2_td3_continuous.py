@@ -339,7 +339,8 @@ class QNetwork(nn.Module):
         super().__init__()
         obs_dim, action_dim = env.observation_space.shape[0], env.action_space.shape[0]
         layers = {"fc1": nn.Linear(obs_dim + action_dim, hidden_dim), "relu1": nn.ReLU()}
-        layers |= {"fc2": nn.Linear(hidden_dim, hidden_dim), "relu2": nn.ReLU(), "fc3": nn.Linear(hidden_dim, 1)}
+        layers |= {"fc2": nn.Linear(hidden_dim, hidden_dim), "relu2": nn.ReLU()}
+        layers |= {"fc3": nn.Linear(hidden_dim, 1)}
         self.net = nn.Sequential(OrderedDict(layers))
 
     def forward(self, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:

@@ -965,8 +965,8 @@ def draw(study: Study, out: Path, resamples: int) -> list[Path]:
     """Write the figures of a study as PNG and SVG; returns the PNGs."""
     names = FIGURES if study.moving else ("returns", "scores", "plasticity")
     figures = {name: figure for name in names if (figure := FIGURES[name](study, resamples))}
-    if missing := [name for name in FIGURES if name not in figures]:
-        reason = "for want of refreshed masks (interval: of several K; plasticity: of MST's diagnostics)"
+    if missing := [name for name in FIGURES if name not in (*figures, "plasticity")]:  # which is MST's
+        reason = "for want of refreshed masks (interval: of several K)"
         print(f"note: not drawn of {study.name}, {reason}: {', '.join(missing)}", file=sys.stderr)
     file = re.sub(r"[^a-zA-Z0-9_.-]+", "_", study.name)
     for name, kind in itertools.product(figures, ("png", "svg")):
