@@ -270,8 +270,6 @@ def test_check(run, monkeypatch, capsys):
             )
     differences = re.findall(r"Largest difference of 1,000 actions from torch, (.*): ([\d.e+-]+) of", out)
     assert differences[0][0] == "here" and all(float(error) <= 1e-5 for _, error in differences)
-    assert ("of flash" in out) == bool(shutil.which("arm-none-eabi-gcc"))
-    assert (len(differences) == 2) == bool(shutil.which(ex.ARM) and shutil.which(ex.ARM_RUN))
     monkeypatch.setattr(ex, "ARM", "no-such-gcc")
     monkeypatch.setattr(ex, "M4", "no-such-gcc -Os")
     out = export(monkeypatch, capsys, run, "--check")[1]
@@ -279,6 +277,22 @@ def test_check(run, monkeypatch, capsys):
     monkeypatch.setattr(ex, "M4", "false -Os")  # there, but it fails
     code, _, err = export(monkeypatch, capsys, run, "--check")
     assert code == 1 and "false failed: no reason given" in err
+
+
+TOOLS = ex.ARM, ex.ARM_RUN, "arm-none-eabi-gcc"
+
+
+@pytest.mark.skipif(not all(map(shutil.which, TOOLS)), reason=f"not installed: one of {', '.join(TOOLS)}")
+def test_small_machines(run, monkeypatch, capsys):
+    monkeypatch.setattr(ex, "ROUNDS", 1)
+    monkeypatch.setattr(ex.os, "sched_setaffinity", lambda *_: None)
+    code, out, _ = export(monkeypatch, capsys, run, "--check")
+    differences = re.findall(r"Largest difference of 500 actions from torch, (.*): ([\d.e+-]+) of", out)
+    assert code == 0 and [where for where, _ in differences] == ["here", "32-bit ARM (emulated)"]
+    assert all(float(error) <= 1e-5 for _, error in differences)
+    sizes = re.search(r"\.text ([\d,]+), \.rodata ([\d,]+), \.data ([\d,]+) bytes, which fits into 256 KiB", out)
+    text, rodata, _ = (int(size.replace(",", "")) for size in sizes.groups())
+    assert 200 < text < 20_000 and 968 <= rodata < 1500
 
 
 def test_a_check_that_fails(run, monkeypatch, capsys):
