@@ -292,7 +292,7 @@ def test_small_machines(run, monkeypatch, capsys):
     assert all(float(error) <= 1e-5 for _, error in differences)
     sizes = re.search(r"\.text ([\d,]+), \.rodata ([\d,]+), \.data ([\d,]+) bytes, which fits into 256 KiB", out)
     text, rodata, _ = (int(size.replace(",", "")) for size in sizes.groups())
-    assert 200 < text < 20_000 and 968 <= rodata < 1500
+    assert 200 < text < 20_000 and 900 < rodata < 1500  # of 968 bytes of tables, some in the code
 
 
 def test_a_check_that_fails(run, monkeypatch, capsys):
