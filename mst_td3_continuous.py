@@ -15,17 +15,21 @@ Fujimoto, van Hoof, Meger, "Addressing Function Approximation Error in Actor-Cri
 Train with `python mst_td3_continuous.py --env-id Humanoid-v5`, go on with --resume runs/<run_name>, measure a trained
 policy with --evaluate runs/<run_name>. Controls: --critic-regime static (static in both), and --actor-regime dense
 --critic-regime dense (SimBa alone). Decisions, where the paper's text is not known or leaves them open:
-  M1  The embedding counts as the encoder: it and the head are dense. Sparsity is that of the layers in the blocks.
-  M2  First masks are random with an exact count, as in one-shot static training; N:M: N random ones in each group.
+  M1  The embedding counts as the encoder. It is dense, and so is the head: a sparse one loses whole features. Sparsity
+      is that of the layers in the blocks, which Erdos-Renyi treats alike: all are d x 4 d.
+  M2  First masks are random with an exact count (the sibling paper's code draws each weight), the twin critics' apart;
+      N:M: N random ones in each group. What is left keeps its initial size.
   M3  Masks change every 1,000 of a module's own updates until 80 % of training (as in Graesser et al.'s SAC; MST's
       interval is not known); zeta falls from 0.3 to 0 along a cosine (RigL's defaults).
-  M4  A change takes the place of that update's AdamW step; what was just dropped may return with its value and moments,
-      all else grows from zero with zero moments (as in RLx2's code).
-  M5  N:M: one swap in a group at most, in the groups with the smallest weights: RigL as it is could never change such
-      a mask. So zeta is at most 1/N.
-  M6  Targets have the online masks at all times.
+  M4  A change, by the gradient of one batch, takes the place of that update's AdamW step. What was just dropped may
+      return with its value and moments, all else grows from zero with zero moments, as in RigL's code; the step count
+      goes on, so that a grown weight first moves by several learning rates.
+  M5  N:M: one swap in a group at most, in the groups with the smallest weights. RigL that holds to N:M both in what it
+      keeps and in what it grows, as JaxPruner's, never changes a mask. So zeta is at most 1/N.
+  M6  Targets have the online masks at all times, so that they are N:M, too.
   M7  SimBa with TD3 is unpublished: sizes, initialisation and AdamW are those of SimBa's DDPG; twin critics, target
-      smoothing and delay are TD3's. ReLU everywhere; biases and norms decay, too, as in SimBa.
+      actor, smoothing and delay, one update a step and 25,000 random ones are TD3's. ReLU everywhere; biases and norms
+      decay, too, as in SimBa.
   M8  Statistics of observations take in what training acts on, random steps too; replay holds raw observations, which
       all networks normalise with today's statistics.
 """
@@ -649,11 +653,11 @@ def regimes(args: Args) -> dict[str, tuple[str, float, tuple[int, int] | None]]:
     found = {"actor": (args.actor_regime, args.actor_sparsity, args.actor_nm)}
     found |= {"critic": (args.critic_regime, args.critic_sparsity, args.critic_nm)}
     for name, (regime, sparsity, nm) in found.items():
-        if nm and (sparsity is not None or regime == "dense"):
-            raise UserError(f"--{name}-nm does not go with --{name}-sparsity or --{name}-regime dense")
+        if (nm is not None) + (sparsity is not None) + (regime == "dense") > 1:
+            raise UserError(f"only one of --{name}-nm, --{name}-sparsity and --{name}-regime dense makes sense")
         if sparsity is not None and not 0 <= sparsity < 1:
             raise UserError(f"--{name}-sparsity must be at least 0 and below 1, not {sparsity}")
-        found[name] = regime, 0.6 if sparsity is None else sparsity, parse_nm(nm) if nm else None
+        found[name] = regime, 0.6 if sparsity is None else sparsity, None if nm is None else parse_nm(nm)
     return found
 
 
@@ -663,7 +667,7 @@ def pattern(args: Args) -> str:
     for regime, sparsity, nm in regimes(args).values():
         size = "of".join(map(str, nm)) if nm else f"{100 * sparsity:g}"
         words.append(regime if regime == "dense" else regime + size)
-    return "dense" if words == ["dense", "dense"] else "_".join(words)
+    return "dense" if words == ["dense", "dense"] else "-".join(words)
 
 
 PLASTICITY = "dormant srank feature_norm weight_norm gradient_norm ever_active".split()
@@ -733,12 +737,14 @@ def ever_active(ever: dict[str, torch.Tensor]) -> dict[str, float]:
 
 
 def warn_of_schedule(args: Args) -> None:
-    """Say whose masks the flags let change, though this run is too short for it."""
+    """Say whose masks ought to change by their regime, though they will not."""
     updates = args.total_timesteps - args.learning_starts
-    for name, (regime, _, _) in regimes(args).items():
+    for name, (regime, sparsity, nm) in regimes(args).items():
         own = updates // args.policy_frequency if name == "actor" else updates
-        if regime in ("rigl", "set") and args.mask_update_interval >= args.mask_end * own:
-            print(f"warning: masks of the {name} do not change, --mask-update-interval is beyond it", file=sys.stderr)
+        full, never = nm[0] == nm[1] if nm else sparsity == 0, args.mask_update_interval >= args.mask_end * own
+        if regime in ("rigl", "set") and (full or never or args.drop_fraction == 0):
+            cause = "nothing is inactive" if full else "see --mask-update-interval, --mask-end, --drop-fraction"
+            print(f"warning: the {name}'s masks do not change in this run: {cause}", file=sys.stderr)
 
 
 # --- shared: sad ---

@@ -167,7 +167,7 @@ def find_pattern(meta: dict) -> str:
     if meta["n"]:
         return f"{meta['n']}:{meta['m']}"
     if "critic_regime" in args and meta["pattern"] != "dense":
-        parts = [re.fullmatch("([a-z]+)(.*)", part) for part in meta["pattern"].replace("of", ":").split("_")]
+        parts = [re.fullmatch("([a-z]+)(.*)", part) for part in meta["pattern"].replace("of", ":").split("-")]
         kinds = "/".join({"rigl": "RigL", "set": "SET"}.get(part[1], part[1]) for part in parts)
         return f"{'MST' if kinds == 'static/RigL' else kinds} {'/'.join(part[2] or '0' for part in parts)}"
     if "topology" not in args or meta.get("pattern") == "dense":

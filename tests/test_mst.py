@@ -63,9 +63,6 @@ def masks_of(mst, net):
     return {name: layer.E.clone() for name, layer in mst.sparse_layers(net).items()}
 
 
-# --- SimBa --------------------------------------------------------------------------------------------------------
-
-
 def test_sizes_are_simbas(mst):
     """Of Humanoid in the DeepMind control suite: 67 observations, 21 actions."""
     networks = mst.make_networks(mst.Args(), spaces(67, 21))
@@ -145,6 +142,9 @@ def test_one_set_of_statistics_takes_in_what_training_acts_on(mst, small, monkey
     assert len(seen) == 300 and len(norms) == 1  # evaluations add nothing
     assert np.allclose(agent.actor.norm.mean, np.mean(seen, 0), atol=1e-4)
     assert agent.actor.norm.count.item() == pytest.approx(300)
+    for optimizer in (agent.q_optimizer, agent.actor_optimizer):  # AdamW
+        (group,) = optimizer.param_groups
+        assert group["weight_decay"] == 0.01 and group["decoupled_weight_decay"] is True
 
 
 # --- Masks --------------------------------------------------------------------------------------------------------
@@ -245,6 +245,10 @@ def test_drop_fractions(mst):
     own = {u: mst.drop_fractions(args, u) for u in range(1, 1001)}
     assert [u for u, drops in own.items() if "actor" in drops] == list(range(100, 800, 100))
     assert own[400]["actor"] == pytest.approx(0.15)
+    args.policy_frequency = 3
+    own = {u: mst.drop_fractions(args, u) for u in range(1, 1001)}
+    assert [u for u, drops in own.items() if "actor" in drops] == list(range(150, 799, 150))  # own 50th of 333
+    assert own[300]["actor"] == pytest.approx(0.15 * (1 + math.cos(math.pi * 100 / (0.8 * 333))))
 
 
 def test_swaps_by_brute_force(mst):
@@ -401,6 +405,14 @@ def test_diagnostics_of_a_network(mst):
     sum(loss[2:]).backward()
     grad = torch.cat([p.grad.flatten() for p in agent.qf1.parameters()])
     assert row["plasticity/qf1/gradient_norm"] == pytest.approx(grad.norm().item(), rel=1e-4)
+    parts = agent.actor.net
+    h = parts.embedding(agent.actor.norm(data.observations))
+    inner = torch.relu(parts.block1.net.fc1(parts.block1.net.norm(h)))
+    assert row["plasticity/actor/dormant"] == pytest.approx(mst.dormant_share([inner.detach()]))
+    actor_loss = -agent.qf1(data.observations, agent.actor(data.observations)).mean()
+    grads = torch.autograd.grad(actor_loss, list(agent.actor.parameters()))
+    wanted = torch.cat([g.flatten() for g in grads]).norm().item()
+    assert row["plasticity/actor/gradient_norm"] == pytest.approx(wanted, rel=1e-4)
 
 
 def test_share_of_weights_ever_active(mst):
@@ -425,9 +437,6 @@ def test_diagnostics_change_nothing_but_their_rows(mst, small):
                 assert float(x) > 0.4 if grows else float(x) == pytest.approx(0.4, abs=0.005)
 
 
-# --- Runs ---------------------------------------------------------------------------------------------------------
-
-
 def test_resume_in_the_middle_of_everything(mst, small, monkeypatch):
     options = {"actor_regime": "rigl", "critic_nm": "2:4", "diagnostics_interval": 100, "total_timesteps": 450}
     whole = mst.train(small(mst, **options))["run_dir"]
@@ -442,6 +451,8 @@ def test_resume_in_the_middle_of_everything(mst, small, monkeypatch):
 BAD = {
     ("--actor-nm", "2:4", "--actor-sparsity", "0.5"): "--actor-nm",
     ("--critic-nm", "2:4", "--critic-regime", "dense"): "--critic-nm",
+    ("--critic-sparsity", "0.5", "--critic-regime", "dense"): "--critic-sparsity",
+    ("--critic-nm", ""): "N:M",
     ("--critic-nm", "5:4"): "N:M",
     ("--critic-nm", "2-4"): "N:M",
     ("--critic-sparsity", "1"): "--critic-sparsity",
@@ -456,11 +467,31 @@ def test_bad_input_gets_one_line(mst, cli, argv):
     assert code == 2 and BAD[argv] in err and err.count("\n") == 1 and "Traceback" not in out + err
 
 
+SHORT = {"total_timesteps": 1100, "learning_starts": 100, "mask_update_interval": 100}
+WARNINGS = {  # options: whose masks do not change, why
+    ("mask_update_interval", 900): ("critic", "--mask-update-interval"),
+    ("mask_end", 0.0): ("critic", "--mask-end"),
+    ("drop_fraction", 0.0): ("critic", "--drop-fraction"),
+    ("critic_nm", "4:4"): ("critic", "nothing is inactive"),
+    ("critic_sparsity", 0.0): ("critic", "nothing is inactive"),
+    ("actor_regime", "set"): None,
+    ("critic_regime", "static"): None,
+}
+
+
+@pytest.mark.parametrize("change", WARNINGS)
+def test_masks_that_will_not_change_get_a_word(mst, capsys, change):
+    mst.warn_of_schedule(mst.Args(**SHORT | dict([change])))
+    err, wanted = capsys.readouterr().err, WARNINGS[change]
+    assert err.count("warning") == (wanted is not None)
+    assert wanted is None or (f"the {wanted[0]}'s masks" in err and wanted[1] in err)
+
+
 def test_names(mst):
     names = {
-        (): "static60_rigl60",
-        ("critic_regime", "static"): "static60_static60",
-        ("critic_nm", "2:4"): "static60_rigl2of4",
+        (): "static60-rigl60",
+        ("critic_regime", "static"): "static60-static60",
+        ("critic_nm", "2:4"): "static60-rigl2of4",
     }
     for change, name in names.items():
         assert mst.pattern(mst.Args(**dict([change] if change else []))) == name
