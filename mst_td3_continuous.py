@@ -266,19 +266,6 @@ def drop_fractions(args: Args, update: int) -> dict[str, float]:
     return {name: args.drop_fraction / 2 * (1 + math.cos(math.pi * share)) for name, share in due.items()}
 
 
-def new_positions(layer: SparseLinear, score: torch.Tensor, drop: float) -> torch.Tensor:
-    """[kept]: the share `drop` of the active weights, the smallest, give way to the others of the best score [out, in];
-    what was just dropped is one of the others."""
-    if layer.nm:
-        return swap_in_groups(layer, score, drop)
-    grown = int(len(layer.positions) * drop)
-    order = layer.active_weights.abs().argsort(descending=True, stable=True)
-    survivors = layer.positions[order[: len(order) - grown]]
-    others = torch.ones_like(score.flatten()).index_fill_(0, survivors, 0).nonzero()[:, 0]
-    others = others[score.flatten()[others].argsort(descending=True, stable=True)]
-    return torch.cat([survivors, others[:grown]]).sort().values
-
-
 def swap_in_groups(layer: SparseLinear, score: torch.Tensor, drop: float) -> torch.Tensor:
     """[kept] of an N:M layer: as many groups as the share `drop` of the weights makes, those with the smallest weights,
     change that weight for the place with the best score among the inactive ones and its own (M5)."""
@@ -296,6 +283,17 @@ def swap_in_groups(layer: SparseLinear, score: torch.Tensor, drop: float) -> tor
 
 
 # --- shared: topology ---
+def drop_and_grow(layer: SparseLinear, score: torch.Tensor, drop: float) -> torch.Tensor:
+    """[kept]: the share `drop` of the active weights, the smallest, give way to the others of the best score [out, in];
+    what was just dropped is one of the others."""
+    grown = int(len(layer.positions) * drop)
+    order = layer.active_weights.abs().argsort(descending=True, stable=True)
+    survivors = layer.positions[order[: len(order) - grown]]
+    others = torch.ones_like(score.flatten()).index_fill_(0, survivors, 0).nonzero()[:, 0]
+    others = others[score.flatten()[others].argsort(descending=True, stable=True)]
+    return torch.cat([survivors, others[:grown]]).sort().values
+
+
 def erdos_renyi(shapes: list[torch.Size], sparsity: float) -> list[float]:
     """Densities of layers [out, in], in proportion to (in + out) / (in * out), at most 1, so that in all a share of
     1 - sparsity is active (Mocanu et al., arXiv 1707.04780; the densest in turn become dense, as in RigL)."""
@@ -328,7 +326,7 @@ def dense_gradients(networks: list["Network"]):
 
 
 @torch.no_grad()
-def change_topology(agent: "Agent", networks: list["Network"], gradients: dict, drop: float, regime: str) -> None:
+def change_topology(agent: "Agent", networks: list["Network"], gradients: dict, drop: float, regime: str, rule) -> None:
     """In each layer drop the share `drop` of the active weights and grow as many: where the loss has the largest
     gradients (rigl) or anywhere (set). The optimizer's moments and the target's weights go along."""
     optimizers = [part for part in vars(agent).values() if isinstance(part, optim.Optimizer)]
@@ -342,7 +340,7 @@ def change_topology(agent: "Agent", networks: list["Network"], gradients: dict, 
                     f"{net.name}.{name}: this loss has no gradient for it, or it hides its sparse_weight()"
                 )
             score = gradient.abs() if regime == "rigl" else torch.rand(layer.shape).to(gradient)
-            places = new_positions(layer, score, drop)
+            places = rule(layer, score, drop)
             packed = [layer.active_weights, target.active_weights]  # each [kept]
             for state in (optimizer.state.get(layer.active_weights, {}) for optimizer in optimizers):
                 packed += [state[key] for key in state.keys() - {"step"}]  # Adam's two moments
@@ -352,15 +350,19 @@ def change_topology(agent: "Agent", networks: list["Network"], gradients: dict, 
             target.positions.copy_(places)
 
 
-def step_or_change(agent: "Agent", optimizer, networks: list, gradients: dict, drop: float | None, regime: str) -> None:
-    """The optimizer's step, or a change of the topology in its place, if there is one to change."""
+def step_or_change(agent: "Agent", optimizer, networks, gradients: dict, drop, regime: str, rule=drop_and_grow) -> None:
+    """The optimizer's step, or a change of the topology by a rule in its place, if there is one to change."""
     if drop is None or not gradients:
         optimizer.step()
     else:
-        change_topology(agent, networks, gradients, drop, regime)
+        change_topology(agent, networks, gradients, drop, regime, rule)
 
 
 # --- end shared ---
+
+
+def new_positions(layer: SparseLinear, score: torch.Tensor, drop: float) -> torch.Tensor:
+    return (swap_in_groups if layer.nm else drop_and_grow)(layer, score, drop)
 
 
 class RunningNorm(nn.Module):
@@ -496,7 +498,7 @@ def update_critics(agent: Agent, data, args: Args, generator: torch.Generator, d
         qf_loss = qf1_loss + qf2_loss
         agent.q_optimizer.zero_grad()
         qf_loss.backward()
-    step_or_change(agent, agent.q_optimizer, critics, gradients, drop, args.critic_regime)
+    step_or_change(agent, agent.q_optimizer, critics, gradients, drop, args.critic_regime, new_positions)
     return {
         "losses/qf1_values": qf1_a_values.detach(),
         "losses/qf2_values": qf2_a_values.detach(),
@@ -516,7 +518,7 @@ def update_actor(agent: Agent, data, args: Args, drop: float | None = None) -> d
         actor_loss = -agent.qf1(data.observations, agent.actor(data.observations)).mean()
         agent.actor_optimizer.zero_grad()
         actor_loss.backward()
-    step_or_change(agent, agent.actor_optimizer, actors, gradients, drop, args.actor_regime)
+    step_or_change(agent, agent.actor_optimizer, actors, gradients, drop, args.actor_regime, new_positions)
     for param in critics:
         param.requires_grad_(True)
     return {"losses/actor_loss": actor_loss.detach()}
@@ -540,7 +542,6 @@ class State:
     def __init__(self):
         self.global_step, self.update = 0, 0  # environment steps taken, critic updates done
         self.losses = {}  # of the last update
-        self.ever = {}  # masks of what was ever active
         self.evaluations = []  # [global_step, mean return], but for the one at step 0
         self.times, self.csv_bytes = [0.0, 0.0], 0  # training seconds by wall and CPU clock, length of metrics.csv
 
@@ -690,7 +691,7 @@ def srank(features: torch.Tensor, delta: float = 0.01) -> int:
 def diagnose(agent: Agent, rb: "ReplayBuffer", args: Args, step: int) -> dict[str, float]:
     """Plasticity of each online network on one batch, with random streams of its own; features: the head's input."""
     data, smoothing = rb.sample(args.batch_size, torch.Generator().manual_seed(step)), torch.Generator(args.device)
-    hidden, features, handles, row = {}, {}, [], {}
+    hidden, features, handles, row, generators = {}, {}, [], {}, get_globals()
     for net in agent.networks:
         own, head = hidden.setdefault(net.name, {}), None
 
@@ -711,6 +712,8 @@ def diagnose(agent: Agent, rb: "ReplayBuffer", args: Args, step: int) -> dict[st
     grads |= gradients_of(actor_loss, [agent.actor])
     for handle in handles:
         handle.remove()
+    set_globals(*generators)  # a fork's dropout draws from them
+    check_finite("a network's features", step, *(x.sum().item() for x in features.values()))
     for name, net in ((net.name, net.online) for net in agent.networks if net.name in features):  # which losses call
         numbers = [dormant_share(list(hidden[name].values())), srank(features[name])]
         numbers += [features[name].norm(dim=1).mean().item(), norm_of(net.parameters()), grads[net]]

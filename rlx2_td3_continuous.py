@@ -234,7 +234,8 @@ def drop_fractions(args: Args, update: int) -> dict[str, float]:
     return {name: args.drop_fraction / 2 * (1 + math.cos(math.pi * share)) for name, share in due.items()}
 
 
-def new_positions(layer: SparseLinear, score: torch.Tensor, drop: float) -> torch.Tensor:
+# --- shared: topology ---
+def drop_and_grow(layer: SparseLinear, score: torch.Tensor, drop: float) -> torch.Tensor:
     """[kept]: the share `drop` of the active weights, the smallest, give way to the others of the best score [out, in];
     what was just dropped is one of the others."""
     grown = int(len(layer.positions) * drop)
@@ -245,7 +246,6 @@ def new_positions(layer: SparseLinear, score: torch.Tensor, drop: float) -> torc
     return torch.cat([survivors, others[:grown]]).sort().values
 
 
-# --- shared: topology ---
 def erdos_renyi(shapes: list[torch.Size], sparsity: float) -> list[float]:
     """Densities of layers [out, in], in proportion to (in + out) / (in * out), at most 1, so that in all a share of
     1 - sparsity is active (Mocanu et al., arXiv 1707.04780; the densest in turn become dense, as in RigL)."""
@@ -278,7 +278,7 @@ def dense_gradients(networks: list["Network"]):
 
 
 @torch.no_grad()
-def change_topology(agent: "Agent", networks: list["Network"], gradients: dict, drop: float, regime: str) -> None:
+def change_topology(agent: "Agent", networks: list["Network"], gradients: dict, drop: float, regime: str, rule) -> None:
     """In each layer drop the share `drop` of the active weights and grow as many: where the loss has the largest
     gradients (rigl) or anywhere (set). The optimizer's moments and the target's weights go along."""
     optimizers = [part for part in vars(agent).values() if isinstance(part, optim.Optimizer)]
@@ -292,7 +292,7 @@ def change_topology(agent: "Agent", networks: list["Network"], gradients: dict, 
                     f"{net.name}.{name}: this loss has no gradient for it, or it hides its sparse_weight()"
                 )
             score = gradient.abs() if regime == "rigl" else torch.rand(layer.shape).to(gradient)
-            places = new_positions(layer, score, drop)
+            places = rule(layer, score, drop)
             packed = [layer.active_weights, target.active_weights]  # each [kept]
             for state in (optimizer.state.get(layer.active_weights, {}) for optimizer in optimizers):
                 packed += [state[key] for key in state.keys() - {"step"}]  # Adam's two moments
@@ -302,12 +302,12 @@ def change_topology(agent: "Agent", networks: list["Network"], gradients: dict, 
             target.positions.copy_(places)
 
 
-def step_or_change(agent: "Agent", optimizer, networks: list, gradients: dict, drop: float | None, regime: str) -> None:
-    """The optimizer's step, or a change of the topology in its place, if there is one to change."""
+def step_or_change(agent: "Agent", optimizer, networks, gradients: dict, drop, regime: str, rule=drop_and_grow) -> None:
+    """The optimizer's step, or a change of the topology by a rule in its place, if there is one to change."""
     if drop is None or not gradients:
         optimizer.step()
     else:
-        change_topology(agent, networks, gradients, drop, regime)
+        change_topology(agent, networks, gradients, drop, regime, rule)
 
 
 # --- end shared ---

@@ -1,6 +1,6 @@
 """What the masks of RNM-TD3 did during training, and what it had to do with the return: figures and tables from runs.
 
-Reads the folders that rnm_td3_continuous.py, dense_td3_continuous.py and their forks leave behind; needs no account:
+Reads the folders that the training scripts and their forks leave behind; needs no account:
   python sad_analysis.py runs/                       run folders, folders of them, or globs -> analysis/
   python sad_analysis.py --wandb-entity E --wandb-project-name P      the same for runs in the cloud
 

@@ -87,7 +87,7 @@ def test_the_c_policy_is_the_policy(name, dense, rnm, rlx2, small, monkeypatch, 
         act = compiled(folder, 3, 2, *flags)
         assert np.abs(act(x) - wanted.numpy()).max() <= 1e-5 * 1.5
         assert np.abs(act(model["probe"][0]) - model["probe"][1].numpy()).max() <= 1e-5
-        assert np.isnan(act(np.array([[np.nan, 0, 1]]))).all()  # a dead sensor is seen
+        assert np.isnan(act(np.array([[np.nan, 0, 1]]))).all()  # here each action reads each observation
     tables = dict(re.findall(r"static const \w+ (\w+)\[\] = \{\n(.*?)\};", text, re.DOTALL))
     counts = {key: len(value.split(",")) for key, value in tables.items()}
     widths = {

@@ -147,9 +147,6 @@ def test_one_set_of_statistics_takes_in_what_training_acts_on(mst, small, monkey
         assert group["weight_decay"] == 0.01 and group["decoupled_weight_decay"] is True
 
 
-# --- Masks --------------------------------------------------------------------------------------------------------
-
-
 def test_sparsity_counts_the_blocks_alone_and_is_exact(mst):
     """Spec: Erdos-Renyi at 0.6 over SimBa's blocks, whose two kinds of layers are as large: 0.6 each."""
     agent, _ = agent_of(mst, obs_dim=67, action_dim=21, actor_hidden_dim=128, critic_hidden_dim=64, critic_blocks=2)
@@ -384,11 +381,13 @@ def test_diagnostics_of_a_network(mst):
         obs, action, after = rng.normal(size=11), rng.uniform(-1, 1, 3), rng.normal(size=11)
         rb.add(observations=obs, actions=action, next_observations=after, rewards=rng.normal(), dones=False)
     before = torch.get_rng_state(), {n: p.clone() for n, p in agent.qf1.named_parameters()}
+    hook = agent.qf1.net.block1.net.relu.register_forward_hook(lambda *_: torch.rand(1) and None)  # a fork that draws
     row = mst.diagnose(agent, rb, args, 7)
     assert torch.equal(before[0], torch.get_rng_state())
     assert all(torch.equal(p, before[1][n]) and p.grad is None for n, p in agent.qf1.named_parameters())
     assert row == mst.diagnose(agent, rb, args, 7) and row != mst.diagnose(agent, rb, args, 8)
-    assert not agent.qf1.net.norm._forward_hooks
+    hook.remove()
+    assert not any(part._forward_hooks or part._forward_pre_hooks for part in agent.qf1.modules())
     data = rb.sample(args.batch_size, torch.Generator().manual_seed(7))
     parts, h, hidden = agent.qf1.net, torch.cat([agent.qf1.norm(data.observations), data.actions], 1), []
     h = parts.embedding(h)
@@ -413,6 +412,9 @@ def test_diagnostics_of_a_network(mst):
     grads = torch.autograd.grad(actor_loss, list(agent.actor.parameters()))
     wanted = torch.cat([g.flatten() for g in grads]).norm().item()
     assert row["plasticity/actor/gradient_norm"] == pytest.approx(wanted, rel=1e-4)
+    agent.actor.net.embedding.weight.data[0] = math.nan
+    with pytest.raises(FloatingPointError, match="at step 9"):
+        mst.diagnose(agent, rb, args, 9)
 
 
 def test_share_of_weights_ever_active(mst):
