@@ -4,7 +4,7 @@ import csv
 
 import pytest
 import torch
-from conftest import NETS, SMALL, assert_same_model, assert_same_run, read_meta, read_model, read_rows, stop_at
+from conftest import NETS, assert_same_model, assert_same_run, read_meta, read_model, read_rows, stop_at
 
 import nm_kernel_bench as bench
 
@@ -18,41 +18,54 @@ def sparse(script):
     return {"n": 1, "m": 4, "mask_update_interval": 30} if hasattr(script, "refresh_masks") else {}
 
 
-def test_updates_are_those_of_the_cpu(twin):
-    """The same weights, batches and (without noise) targets: 20 updates and a refresh after the tenth."""
-    agents = {}
+def test_updates_are_those_of_the_cpu(script, small):
+    """The same weights, batches and (without noise) targets: 20 updates; masks change at the tenth, MST's and RLx2's
+    once more, and from the twelfth on RLx2's targets have three steps."""
+    agents, masks = {}, {}
+    changes = sparse(script) | {"batch_size": 16, "policy_noise": 0.0}
+    if hasattr(script, "drop_fractions"):
+        changes |= {"mask_update_interval": 10, "policy_frequency": 1, "learning_starts": 0}
     for device in ("cpu", "cuda"):
-        args = twin.Args(**SMALL | sparse(twin), device=device, policy_noise=0.0)
-        env = twin.make_env(args.env_id)
+        args = small(script, device=device, **changes, **({"delay_nstep": 12} if script.__name__[:4] == "rlx2" else {}))
+        env = script.make_env(args.env_id)
         torch.manual_seed(0)
-        networks = twin.make_networks(args, env)
-        if sparse(twin):
-            networks = twin.sparsify(networks, args)
-        agents[device] = agent = twin.Agent(networks, args.learning_rate)
-        rb = twin.ReplayBuffer(400, twin.transition_columns(env), device)
-        generator = torch.Generator().manual_seed(1)
-        rb.rows.normal_(generator=generator)
+        networks = script.make_networks(args, env)
+        agents[device] = agent = script.Agent(getattr(script, "sparsify", lambda x, _: x)(networks, args), 1e-3)
+        widths = script.transition_columns(env)
+        if hasattr(script, "shrink_replay"):
+            widths |= {"truncations": 1, "policy_actions": 2}
+        rb = script.ReplayBuffer(400, widths, device, *[args.gamma] * hasattr(script, "shrink_replay"))
+        rb.rows.normal_(generator=torch.Generator().manual_seed(1))
+        ends = rb.rows[:, sum(list(widths.values())[:4]) :][:, : 1 + ("truncations" in widths)]  # dones, truncations
+        ends.copy_(ends > 1)
         rb.added = 400
-        rng = twin.make_generators(3, device)
+        rng = script.make_generators(3, device)
         for update in range(1, 21):
-            losses = twin.update_agent(agent, rb, args, rng, update)
+            drops = [script.drop_fractions(args, update)] if hasattr(script, "drop_fractions") else []
+            losses = script.update_agent(agent, rb, args, rng, update, *drops)
             assert all(value.device.type == device for value in losses.values())
-            if update == 10 and sparse(twin):
-                twin.refresh_masks(agent)
+            if update == 10 and sparse(script):
+                script.refresh_masks(agent)
+            if update in (1, 20) and hasattr(script, "get_masks"):
+                masks[device, update] = script.get_masks(agent)
     for name in NETS:
-        cpu, cuda = (twin.plain_state(getattr(agents[device], name)) for device in agents)
+        cpu, cuda = (script.plain_state(getattr(agents[device], name)) for device in agents)
         assert cuda.keys() == cpu.keys() and len(cpu) >= 6
         for key in cpu:
             assert cuda[key].is_cuda and (cuda[key].cpu() - cpu[key]).abs().max() <= 1e-4, (name, key)
+    for key in masks["cpu", 1] if masks else []:
+        assert torch.equal(masks["cpu", 20][key].cpu(), masks["cuda", 20][key].cpu())
+    moved = [key for key in masks["cpu", 1] if (masks["cpu", 1][key] != masks["cpu", 20][key]).any()] if masks else []
+    assert bool(moved) == bool(masks)
 
 
-def test_resume_is_bit_for_bit(twin, small, monkeypatch, cli):
-    whole = twin.train(small(twin, device="cuda", **sparse(twin)))["run_dir"]
+def test_resume_is_bit_for_bit(script, small, monkeypatch, cli):
+    whole = script.train(small(script, device="cuda", **sparse(script)))["run_dir"]
     with monkeypatch.context() as patch:
-        stop_at(patch, twin, 317)
-        part = twin.train(small(twin, device="cuda", **sparse(twin)))
+        stop_at(patch, script, 317)
+        part = script.train(small(script, device="cuda", **sparse(script)))
     assert part["exit_reason"] == "sigterm"
-    code, _, err = cli(twin, "--resume", part["run_dir"], small=False)
+    code, _, err = cli(script, "--resume", part["run_dir"], small=False)
     assert code == 0 and err == ""
     assert_same_run(whole, part["run_dir"])
     meta = read_meta(whole)
