@@ -8,6 +8,7 @@ Reads the folders that the training scripts and their forks leave behind; needs 
   settled SAD: from the mask a tenth of training (or the longest K) before the last to the last -> settled_sad
   settled step: from there on the mask stays within 10 % of the final one                   -> settled_step
   correlation of settled SAD and score: of ranks within configurations, pooled              -> correlation
+  steps and core minutes to 50, 75 and 90 % of dense's score                                -> time_to
   IQM, stratified bootstrap, probability of improvement (Agarwal et al., arXiv 2108.13264)  -> iqm, interval, better
 
 Only finished runs count. They are compared if environment, steps, physics and TD3's hyper-parameters agree. They are
@@ -358,6 +359,15 @@ def settled_sad(run: Run, window: float) -> float:
     if not run.masks or run.args.get("mask_update_interval", 0) > window:
         return math.nan
     return statistics.fmean(float(E.iloc[before_end(E.index, window), -1]) for E in run.masks.values())
+
+
+def time_to(run: Run, score: float) -> tuple[float, float]:
+    """Environment steps and core minutes (CPU time of training) until an evaluation first returns `score`, or inf."""
+    returns = run.curve("eval/episodic_return")
+    reached = returns.index[returns >= score]
+    return (
+        (reached[0], run.curve("charts/cpu_time_s").get(reached[0], math.nan) / 60) if len(reached) else (math.inf,) * 2
+    )
 
 
 def flops_per_update(meta: dict) -> float:
@@ -792,7 +802,11 @@ pairs). P better: probability that a run scores more than a dense one. Minutes: 
 the same hardware, threads and kernel. Settled SAD: mean over seeds. Settled step: from there on the mask is within
 10 % of the final one, at the latest (median; inf: only the final mask is).
 """
-HIDDEN = f"setting|script|exp_name|n|m|kernel|.*_low|.*_high|{'|'.join(DEFAULTS)}"  # columns of summary.csv alone
+TIMES = (
+    "Steps and core minutes (CPU time of training) until an evaluation first returned 50, 75, 90 % of dense's score:"
+)
+TIMES += " medians of the seeds; inf: half of them or more never did."
+HIDDEN = f"setting|script|exp_name|n|m|kernel|.*_low|.*_high|.*_to_..|{'|'.join(DEFAULTS)}"  # not in the first table
 COLUMNS = "dense of_dense gain gain_pairs p_better default default_gain default_gain_pairs".split()
 
 
@@ -857,6 +871,11 @@ def configuration_row(study: Study, c: Configuration, resamples: int) -> dict:
     for net in study.nets:
         steps = [settled_step(run.masks[net]) for run in c.runs if net in run.masks]
         row[f"settled_step/{net}"] = statistics.median_high(steps) if steps else math.nan
+    reference = study.plain("dense", DEFAULTS["hidden_dim"])
+    for percent in (50, 75, 90) if reference and (reference.scores > 0).all() else ():
+        times = [time_to(run, percent / 100 * iqm(reference.scores)) for run in c.runs]
+        steps, minutes = map(statistics.median_high, zip(*times, strict=True))
+        row |= {f"steps_to_{percent}": steps, f"core_minutes_to_{percent}": minutes if c.one_machine else math.nan}
     return row
 
 
@@ -908,6 +927,12 @@ def study_lines(study: Study, resamples: int) -> list[str]:
     return lines
 
 
+def table(frame: pd.DataFrame, keys: list[str]) -> list[str]:
+    cells = [[re.sub("( to ..)$", r"\1 %", key.replace("_", " ")) for key in keys], ["---"] * len(keys)]
+    cells += [[span(row, key) for key in keys] for row in frame.to_dict("records")]
+    return [*(f"| {' | '.join(line)} |" for line in cells), ""]
+
+
 def write_summary(out: Path, studies: list[Study], skipped: list[tuple[str, str]], resamples: int) -> pd.DataFrame:
     """Write summary.csv and summary.md; returns the table."""
     rows = [configuration_row(study, c, resamples) for study in studies for c in study.configurations]
@@ -915,10 +940,11 @@ def write_summary(out: Path, studies: list[Study], skipped: list[tuple[str, str]
     frame.to_csv(out / "summary.csv", index=False)
     lines, notes = [ABOUT.format(resamples=resamples)], {study.name: study_lines(study, resamples) for study in studies}
     for name, part in frame.groupby("setting", sort=False):
-        keys = [key for key in part.dropna(axis=1, how="all") if not re.fullmatch(HIDDEN, key)]
-        cells = [[key.replace("_", " ") for key in keys], ["---"] * len(keys)]
-        cells += [[span(row, key) for key in keys] for row in part.to_dict("records")]
-        lines += [f"## {name}", "", *(f"| {' | '.join(line)} |" for line in cells), "", *notes.get(name, [])]
+        keys = list(part.dropna(axis=1, how="all"))
+        times = [key for key in keys if re.fullmatch(".*_to_..", key)]
+        lines += [f"## {name}", "", *table(part, [key for key in keys if not re.fullmatch(HIDDEN, key)])]
+        lines += [TIMES, "", *table(part, ["configuration", *times])] if times else []
+        lines += notes.get(name, [])
     if skipped:
         lines += ["## Skipped", "", *(f"- {name}: {reason}" for name, reason in skipped), ""]
     (out / "summary.md").write_text("\n".join(lines))

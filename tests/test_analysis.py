@@ -35,7 +35,11 @@ def make_run(folder, *, seed=1, n=1, m=4, score=100.0, args=None, nets=("actor",
     folder.mkdir(parents=True)
     total = args["total_timesteps"]
     rows = {
-        step: {"eval/episodic_return": score * step / total, "charts/wall_time_s": step / 100}
+        step: {
+            "eval/episodic_return": score * step / total,
+            "charts/wall_time_s": step / 100,
+            "charts/cpu_time_s": step / 200,
+        }
         for step in range(0, total + 1, 3000)
     }
     evaluations = [[step, row["eval/episodic_return"]] for step, row in rows.items() if step]

@@ -1,9 +1,11 @@
-"""sad_analysis.py: what is drawn, and the committed tables."""
+"""sad_analysis.py: what is drawn, times to a return, and the committed tables."""
 
 import json
+import math
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from conftest import ROOT
 from test_analysis import load, make_run, run
@@ -29,6 +31,24 @@ def test_what_is_drawn_by_hand(tmp_path):
     assert [line.get_label().partition(" ")[0] for line in minutes.lines] == ["1:4"]  # dense ran on several machines
     colors = {c.first.pattern: c.look["color"] for c in study.configurations}
     assert len(set(colors.values())) == 3 and colors["1:4"] == sa.COLORS["1:4"]
+
+
+def test_time_to_a_return_by_hand(monkeypatch, capsys, tmp_path):
+    """Evaluations rise to a run's score linearly; of dense's the last five have the mean 80."""
+    make_run(tmp_path / "d", n=0)
+    for seed, score in enumerate((50, 100, 100), 1):
+        make_run(tmp_path / f"three{seed}", seed=seed, m=8, score=score)
+    for seed, score in enumerate((50, 100), 1):
+        make_run(tmp_path / f"two{seed}", seed=seed, m=4, score=score, hardware=f"CPU {seed}")
+    assert run(monkeypatch, capsys, tmp_path, "--out", tmp_path / "a", "--no-track")[0] == 0
+    frame = pd.read_csv(tmp_path / "a" / "summary.csv").set_index("configuration")
+    steps = frame[[f"steps_to_{percent}" for percent in (50, 75, 90)]]
+    assert steps.loc["dense"].tolist() == steps.loc["1:8"].tolist() == [12_000, 18_000, 24_000]
+    assert steps.loc["1:4"].tolist() == [24_000, math.inf, math.inf]  # half of the seeds never came to 60
+    assert frame.loc["1:8", "core_minutes_to_75"] == pytest.approx(18_000 / 200 / 60)
+    assert math.isnan(frame.loc["1:4", "core_minutes_to_50"])  # of two machines
+    text = (tmp_path / "a" / "summary.md").read_text()
+    assert "| 1:8 | 12,000 | 1 | 18,000 | 1.5 | 24,000 | 2 |" in text and "| steps to 50 % |" in text
 
 
 def test_what_is_not_drawn_is_named(monkeypatch, capsys, tmp_path):
