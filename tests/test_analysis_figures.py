@@ -40,6 +40,7 @@ def test_time_to_a_return_by_hand(monkeypatch, capsys, tmp_path):
         make_run(tmp_path / f"three{seed}", seed=seed, m=8, score=score)
     for seed, score in enumerate((50, 100), 1):
         make_run(tmp_path / f"two{seed}", seed=seed, m=4, score=score, hardware=f"CPU {seed}")
+    monkeypatch.setattr(sa, "FIGURES", {})
     assert run(monkeypatch, capsys, tmp_path, "--out", tmp_path / "a", "--no-track")[0] == 0
     frame = pd.read_csv(tmp_path / "a" / "summary.csv").set_index("configuration")
     steps = frame[[f"steps_to_{percent}" for percent in (50, 75, 90)]]
@@ -74,7 +75,7 @@ def test_committed_tables_are_what_the_committed_runs_give(monkeypatch, capsys, 
 def test_topologies_without_structure_beside_nm(dense, rnm, rlx2, small, monkeypatch, capsys, tmp_path):
     """Real runs of all three scripts: names, order, the equally small dense network, figures, thinning, damage."""
     plain = {"nstep": 1, "dynamic_buffer": False}
-    runs = {"runs_dir": str(tmp_path / "runs")}
+    runs = {"runs_dir": str(tmp_path / "runs"), "total_timesteps": 300}
     default = {"mask_update_interval": 10_000, "delay_nstep": 300_000, "buffer_min_size": 100_000}
     default |= {"buffer_check_interval": 10_000, "buffer_threshold": 0.2}
     done = {"RLx2": {}, "RigL": plain, "SET": {"topology": "set", **plain}, "static": {"topology": "static", **plain}}

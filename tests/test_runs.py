@@ -323,9 +323,9 @@ def test_a_finished_run_stays_finished(dense, small, monkeypatch, capsys):
 @pytest.mark.slow
 def test_it_learns(script, small):
     """Reach from -1..1 to 1: an untrained policy runs away, a trained one stands still there."""
-    options = {"learning_starts": 500, "batch_size": 64, "eval_episodes": 10, "buffer_size": 10_000}
+    options = {"learning_starts": 300, "batch_size": 64, "eval_episodes": 10, "buffer_size": 10_000}
     widths = {"hidden_dim", "actor_hidden_dim", "critic_hidden_dim"} & vars(small(script)).keys()
     options |= dict.fromkeys(widths, 64)
-    run = script.train(small(script, total_timesteps=4000, eval_interval=4000, **options))["run_dir"]
+    run = script.train(small(script, total_timesteps=2500, eval_interval=2500, **options))["run_dir"]
     returns = [float(row["eval/episodic_return"]) for row in read_rows(run) if row["eval/episodic_return"]]
     assert returns[0] < -20 and returns[-1] > -8, returns
