@@ -138,7 +138,7 @@ class Args:
     critic_sparsity: Sparsity = None
     """the same of the critics; both critics share one budget"""
     actor_nm: str | None = None
-    """N:M instead of a sparsity in the actor's blocks, such as 2:4"""
+    """N:M instead of a sparsity in the actor's blocks, such as 2:4; 1 <= N <= M <= 9,999"""
     critic_nm: str | None = None
     """N:M instead of a sparsity in the critics' blocks"""
     mask_update_interval: Positive = 1000
@@ -740,8 +740,11 @@ def ever_active(ever: dict[str, torch.Tensor]) -> dict[str, float]:
 
 
 def warn_of_schedule(args: Args) -> None:
-    """Say whose masks ought to change by their regime, though they will not."""
+    """Say whose masks ought to change by their regime, though they will not, and when a longer end moves changes."""
     updates = args.total_timesteps - args.learning_starts
+    begun = read_run(args.resume)[1].total_timesteps if args.resume else args.total_timesteps
+    if begun != args.total_timesteps and {"rigl", "set"} & {args.actor_regime, args.critic_regime}:
+        print("warning: drop fractions follow the new end, unlike in a run that had it from the start", file=sys.stderr)
     for name, (regime, sparsity, nm) in regimes(args).items():
         own = updates // args.policy_frequency if name == "actor" else updates
         full, never = nm[0] == nm[1] if nm else sparsity == 0, args.mask_update_interval >= args.mask_end * own

@@ -202,6 +202,15 @@ def test_resume_with_other_code_warns_in_one_line(rnm, small, monkeypatch, cli, 
     assert read_meta(run)["code"] == hashes[0] and read_meta(run)["resumed"][0]["code"] == hashes[1]
 
 
+@pytest.mark.parametrize("name", ["rlx2", "mst"])
+def test_a_run_made_longer_says_that_its_schedule_moves(name, request, small, cli):
+    script = request.getfixturevalue(name)
+    run = script.train(small(script, total_timesteps=300, keep_replay=True))["run_dir"]
+    code, _, err = cli(script, "--resume", run, "--total-timesteps", 400, small=False)
+    assert code == 0 and err.startswith("warning: drop fractions follow the new end") and err.count("\n") == 1
+    assert read_meta(run)["exit_reason"] == "finished"
+
+
 def test_bad_resumes_are_refused_by_name(rnm, dense, small, cli, monkeypatch, tmp_path):
     with monkeypatch.context() as patch:
         stop_at(patch, rnm, 210)

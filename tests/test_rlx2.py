@@ -360,13 +360,6 @@ def test_resume_in_the_middle_of_everything(rlx2, small, monkeypatch, cli, kerne
     assert not weight[torch.from_numpy(last == 0)].any() and (masks["qf1.fc2"][1:] != masks["qf1.fc2"][:-1]).any()
 
 
-def test_a_run_made_longer_says_that_its_schedule_moves(rlx2, small, cli):
-    run = rlx2.train(small(rlx2, total_timesteps=300, keep_replay=True))["run_dir"]
-    code, _, err = cli(rlx2, "--resume", run, "--total-timesteps", 400, small=False)
-    assert code == 0 and err.startswith("warning: drop fractions follow the new end") and err.count("\n") == 1
-    assert read_meta(run)["exit_reason"] == "finished"
-
-
 @pytest.mark.parametrize(
     ("flags", "line"),
     [
