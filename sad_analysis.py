@@ -139,7 +139,7 @@ class Run:
     fork: str  # what is not the project's own: script, exp_name, groups; such as "my_fork.py"
     code: str  # "code 3fa9c1"
     flops: float  # per update
-    minutes: float  # of training
+    minutes: float  # CPU time of training
     machine: str
 
     def curve(self, key: str) -> pd.Series:
@@ -202,7 +202,9 @@ def load_run(folder: Path) -> Run:
     fork = [script] * (script not in SCRIPTS) + [args["exp_name"]] * (args["exp_name"] != Path(script).stem)
     fork += [f"masks not {pattern} along rows"] * (not rowwise)
     code = f"code {meta['code'][:6]}" if "code" in meta else "commit b4ac3f7"  # the last one without a hash
-    minutes = metrics["charts/wall_time_s"].iloc[-1] / 60
+    if "charts/cpu_time_s" not in metrics:  # until commit b4ac3f7; they ran on one thread
+        metrics["charts/cpu_time_s"] = metrics["charts/wall_time_s"]
+    minutes = metrics["charts/cpu_time_s"].iloc[-1] / 60
     machine = f"{meta['hardware']}, {count(meta['threads'], 'thread')}"
     kind = pattern, args.get("hidden_dim", DEFAULTS["hidden_dim"]), ", ".join(fork), code, flops_per_update(meta)
     return Run(meta["run_name"], folder, meta, args, metrics, masks, curves, rowwise, setting, *kind, minutes, machine)
@@ -610,13 +612,15 @@ def add_legend(figure: Figure) -> Figure:
 
 
 def band(ax, c: Configuration, curves: list[pd.Series], resamples: int, scale: float = 1e-3) -> None:
-    """IQM over seeds and its 95 % bootstrap band, where all seeds have a value; x is multiplied by `scale`."""
+    """IQM over seeds, its 95 % bootstrap band, and each seed faintly, where all have a value; x times `scale`."""
     table = pd.concat(curves, axis=1, join="inner").dropna()
     if len(table):
         table = table.iloc[evenly(len(table), 300)]
         x, rows, marker = table.index * scale, table.to_numpy().T, "." if len(table) < 3 else None
         label = f"{c.label} ({count(len(rows), 'seed')})"
         ax.plot(x, iqm(rows, axis=0), linewidth=1.2, label=label, clip_on=False, marker=marker, **c.look)
+        if len(rows) > 1:
+            ax.plot(x, rows.T, linewidth=0.4, alpha=0.3, color=c.look["color"])
         low, high = interval([rows], lambda drawn: iqm(drawn, axis=1), resamples)
         ax.fill_between(x, low, high, color=c.look["color"], alpha=0.15, linewidth=0)
 
@@ -743,7 +747,7 @@ def draw_interval(study: Study, resamples: int) -> Figure | None:
 
 
 def draw_returns(study: Study, resamples: int) -> Figure:
-    """5: learning curves over steps and over training time; a row for up to three configurations of one sparsity."""
+    """5: learning curves over steps and over CPU time; a row for up to three configurations of one sparsity."""
     patterns = {}
     for c in study.configurations:
         patterns.setdefault(c.first.pattern.split()[-1], []).append(c)  # "RLx2 96/88" beside "SET 96/88"
@@ -758,15 +762,17 @@ def draw_returns(study: Study, resamples: int) -> Figure:
             end = min(run.minutes for run in c.runs)
             grid, timed = np.geomspace(end / 30, end, 100), []
             for run, curve in zip(c.runs, curves, strict=True):
-                clock = run.metrics["charts/wall_time_s"].loc[curve.index] / 60
+                clock = run.metrics["charts/cpu_time_s"].loc[curve.index] / 60
                 timed.append(pd.Series(np.interp(grid, clock, curve), grid))
             band(right, c, timed, resamples, scale=1)
-        left.set_ylabel("evaluation return\n(IQM over seeds, 95 % band)")
+        left.set_ylabel("evaluation return\n(IQM, 95 % band, seeds)")
         right.set_xscale("log")
         right.xaxis.set_major_formatter("{x:g}")
     machines = "; ".join(sorted({run.machine for c in study.configurations for run in c.runs}))
     axes[-1, 0].set_xlabel(STEPS)
-    axes[-1, 1].set_xlabel(textwrap.fill(f"training minutes, to the first seed's end (log scale), on {machines}", 60))
+    axes[-1, 1].set_xlabel(
+        textwrap.fill(f"core minutes of training, to the first seed's end (log scale), on {machines}", 60)
+    )
     return add_legend(figure)
 
 
@@ -798,14 +804,12 @@ they are too narrow: of five they hold the mean in about 84 % of cases. No corre
 The IQM of up to three seeds is their mean. Each configuration is compared with the dense script's and with its
 pattern's default one; of several codes of those, with the one that has the most seeds. Of dense: the ratio of the
 IQMs of all seeds, where every dense run scored above zero. Gain: mean difference of the scores of equal seeds (in
-pairs). P better: probability that a run scores more than a dense one. Minutes: of training, where all seeds ran on
-the same hardware, threads and kernel. Settled SAD: mean over seeds. Settled step: from there on the mask is within
-10 % of the final one, at the latest (median; inf: only the final mask is).
+pairs). P better: probability that a run scores more than a dense one. Core minutes: CPU time of training, where all
+seeds ran on the same hardware, threads and kernel. Settled SAD: mean over seeds. Settled step: from there on the mask
+is within 10 % of the final one, at the latest (median; inf: only the final mask is).
 """
-TIMES = (
-    "Steps and core minutes (CPU time of training) until an evaluation first returned 50, 75, 90 % of dense's score:"
-)
-TIMES += " medians of the seeds; inf: half of them or more never did."
+TIMES = "Steps and core minutes until an evaluation first returned 50, 75, 90 % of dense's score: medians of the seeds;"
+TIMES += " inf: half of them or more never did."
 HIDDEN = f"setting|script|exp_name|n|m|kernel|.*_low|.*_high|.*_to_..|{'|'.join(DEFAULTS)}"  # not in the first table
 COLUMNS = "dense of_dense gain gain_pairs p_better default default_gain default_gain_pairs".split()
 
@@ -865,7 +869,7 @@ def configuration_row(study: Study, c: Configuration, resamples: int) -> dict:
     if default and default is not c and c.first.pattern != "dense":
         row |= {"default": default.label} | paired_difference("default_gain", c, default, resamples)
     row |= {"active_parameters": meta["params_active"], "mflop_per_update": c.first.flops / 1e6}
-    row["minutes"] = statistics.median(run.minutes for run in c.runs) if c.one_machine else math.nan
+    row["core_minutes"] = statistics.median(run.minutes for run in c.runs) if c.one_machine else math.nan
     row["kernel"] = ", ".join(sorted({run.meta["kernel"] for run in c.runs}))
     row["settled_sad"] = pd.Series(study.pairs(c)[:, 0]).mean()
     for net in study.nets:

@@ -22,13 +22,16 @@ def test_what_is_drawn_by_hand(tmp_path):
     (study,), _, _ = load(tmp_path)
     figure = sa.draw_returns(study, 200)
     steps, minutes = figure.axes[2:4] if "1:4" in figure.axes[2].get_legend_handles_labels()[1][1] else figure.axes[:2]
-    lines = {line.get_label().partition(" ")[0]: line for line in steps.lines}
+    named = [[x for x in ax.lines if not x.get_label().startswith("_")] for ax in (steps, minutes)]  # others: seeds
+    lines = {line.get_label().partition(" ")[0]: line for line in named[0]}
     assert list(lines) == ["dense", "1:4"]
+    faint = [line.get_ydata()[-1] for line in steps.lines if line not in named[0] and line.get_color() != "#000000"]
+    assert faint == [100, 200, 400, 1000]
     x, y = lines["1:4"].get_data()
     assert x.tolist() == [3.0 * i for i in range(11)] and y == pytest.approx(300 * x / 30)
     band = steps.collections[1].get_paths()[0].vertices
     assert band[:, 1].max() <= 1000 and band[band[:, 0] == 30, 1].min() < 300 < band[band[:, 0] == 30, 1].max()
-    assert [line.get_label().partition(" ")[0] for line in minutes.lines] == ["1:4"]  # dense ran on several machines
+    assert [line.get_label().partition(" ")[0] for line in named[1]] == ["1:4"]  # dense ran on several machines
     colors = {c.first.pattern: c.look["color"] for c in study.configurations}
     assert len(set(colors.values())) == 3 and colors["1:4"] == sa.COLORS["1:4"]
 
