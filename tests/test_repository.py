@@ -186,3 +186,21 @@ def test_readme_snippet_acts(rnm, small):
     scope = {}
     exec(code, scope)
     assert scope["action"].shape == (1,) and abs(scope["action"]) <= 2
+
+
+def read_table(text):
+    """The first table of a text of Markdown: for each row its cells."""
+    rows = re.search(r"(?:^\|.*\n)+", text, re.MULTILINE)[0].splitlines()
+    return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows if not row.startswith("| ---")]
+
+
+def test_the_readme_s_numbers_are_those_of_the_results():
+    """Steps per second of the first table; scores relative to dense in the sentence below it."""
+    names, speeds, ratios = read_table(README)
+    measured = read_table(read("results/end_to_end/summary.md"))[1:]
+    assert len(names) > 8 and set(zip(names[1:], speeds[1:], ratios[1:], strict=True)) < set(map(tuple, measured))
+    header, *rows = read_table(read("results/paper/summary.md"))
+    scores = {row[0]: row[header.index("of dense")].partition(" ")[0] for row in rows}
+    said = {pattern: score for score, pattern in re.findall(r"(\d\.\d+) \((\d:\d)\)", README)}
+    assert said == {pattern: scores[pattern] for pattern in ("2:4", "1:4", "1:8")}
+    assert f"{scores['dense, as many weights as 1:8']} where dense has as many" in README
