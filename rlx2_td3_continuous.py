@@ -382,6 +382,17 @@ def update_targets(agent: Agent, tau: float) -> None:
     torch._foreach_lerp_(agent.target_parameters, agent.online_parameters, tau)
 
 
+class State:
+    """What survives a resume beside networks, optimizers, replay and generators. Whatever `train` must remember belongs
+    here (numbers, strings, tensors; lists and dicts of them): a local variable of its own starts anew at a resume."""
+
+    def __init__(self):
+        self.global_step, self.update = 0, 0  # environment steps taken, critic updates done
+        self.losses = {}  # of the last update
+        self.evaluations = []  # [global_step, mean return], but for the one at step 0
+        self.times, self.csv_bytes = [0.0, 0.0], 0  # training seconds by wall and CPU clock, length of metrics.csv
+
+
 # --- end shared ---
 
 
@@ -453,17 +464,6 @@ def shrink_replay(rb: "ReplayBuffer", actor: Actor, args: Args) -> dict[str, flo
     if distance > args.buffer_threshold and len(rb) > args.buffer_min_size:
         rb.oldest += int(0.1 * len(rb))
     return {"replay/policy_distance": distance, "replay/size": len(rb)}
-
-
-class State:
-    """What survives a resume beside networks, optimizers, replay and generators. Whatever `train` must remember belongs
-    here (numbers, strings, tensors; lists and dicts of them): a local variable of its own starts anew at a resume."""
-
-    def __init__(self):
-        self.global_step, self.update = 0, 0  # environment steps taken, critic updates done
-        self.losses = {}  # of the last update
-        self.evaluations = []  # [global_step, mean return], but for the one at step 0
-        self.times, self.csv_bytes = [0.0, 0.0], 0  # training seconds by wall and CPU clock, length of metrics.csv
 
 
 def train(args: Args) -> dict:
