@@ -139,8 +139,9 @@ class Run:
     fork: str  # what is not the project's own: script, exp_name, groups; such as "my_fork.py"
     code: str  # "code 3fa9c1"
     flops: float  # per update
-    minutes: float  # CPU time of training
+    minutes: float  # CPU time of training; NaN on a GPU, whose work is not in it
     machine: str
+    kernel: str
 
     def curve(self, key: str) -> pd.Series:
         """A key over environment steps, where it has a value."""
@@ -179,6 +180,23 @@ def find_pattern(meta: dict) -> str:
     return f"{name} {100 * args['actor_sparsity']:g}/{100 * args['critic_sparsity']:g}"
 
 
+def through(meta: dict, fact) -> str:
+    """A fact of a run; if it went on with another one after a resume both, such as "nm then torch"."""
+    return " then ".join(dict.fromkeys(fact(meta | part) for part in ({}, *meta.get("resumed", []))))
+
+
+def machine(meta: dict) -> str:
+    return f"{meta['hardware']}, {count(meta['threads'], 'thread')}"
+
+
+def conditions(meta: dict) -> str:
+    """What the numbers may depend on besides the setting."""
+    parts = [f"commit {meta.get('commit')}{' and changes' * bool(meta.get('dirty'))}"]
+    parts += [f"code {meta['code']}"] if "code" in meta else []
+    parts += [f"{name} {meta['versions'].get(name)}" for name in ("torch", "gymnasium", "mujoco", "numpy")]
+    return ", ".join([*parts, f"kernel {meta['kernel']}, on {machine(meta)}"])
+
+
 def load_run(folder: Path) -> Run:
     """Raises UserError with the reason if the run can't be used, other errors if a file is not as it should be."""
     meta = json.loads((folder / "meta.json").read_text())
@@ -196,18 +214,17 @@ def load_run(folder: Path) -> Run:
     masks, curves, rowwise, pattern = {}, pd.DataFrame(), True, find_pattern(meta)
     if pattern != "dense":
         masks, curves, rowwise = (read_sad if (folder / "sad.npz").exists() else read_masks)(folder, meta, metrics)
-    versions = [part["versions"]["mujoco"].split(".")[:2] for part in (meta, *meta.get("resumed", []))]
-    physics = " then ".join(dict.fromkeys(map(".".join, versions)))  # of a run that was resumed with another one: both
+    physics = through(meta, lambda part: ".".join(part["versions"]["mujoco"].split(".")[:2]))
     setting = (*((name, args.get(name)) for name in SETTING), ("mujoco", physics))
     fork = [script] * (script not in SCRIPTS) + [args["exp_name"]] * (args["exp_name"] != Path(script).stem)
     fork += [f"masks not {pattern} along rows"] * (not rowwise)
-    code = f"code {meta['code'][:6]}" if "code" in meta else "commit b4ac3f7"  # the last one without a hash
-    if "charts/cpu_time_s" not in metrics:  # until commit b4ac3f7; they ran on one thread
-        metrics["charts/cpu_time_s"] = metrics["charts/wall_time_s"]
+    code = through(meta, lambda part: f"code {part['code'][:6]}" if "code" in part else "commit b4ac3f7")  # the last
+    if "charts/cpu_time_s" not in metrics or args.get("device") == "cuda":  # not before commit b4ac3f7
+        metrics["charts/cpu_time_s"] = math.nan
     minutes = metrics["charts/cpu_time_s"].iloc[-1] / 60
-    machine = f"{meta['hardware']}, {count(meta['threads'], 'thread')}"
+    places = through(meta, machine), through(meta, lambda part: part["kernel"])
     kind = pattern, args.get("hidden_dim", DEFAULTS["hidden_dim"]), ", ".join(fork), code, flops_per_update(meta)
-    return Run(meta["run_name"], folder, meta, args, metrics, masks, curves, rowwise, setting, *kind, minutes, machine)
+    return Run(meta["run_name"], folder, meta, args, metrics, masks, curves, rowwise, setting, *kind, minutes, *places)
 
 
 def read_masks(folder: Path, meta: dict, metrics: pd.DataFrame) -> tuple[dict, pd.DataFrame, bool]:
@@ -394,12 +411,12 @@ def iqm(scores: np.ndarray, axis: int = -1):
 def interval(groups: list[np.ndarray], statistic, resamples: int) -> np.ndarray:
     """95 % stratified percentile bootstrap, [2, ...]: each array [runs, ...] is resampled by its runs on its own.
 
-    statistic takes the resampled arrays [resamples, runs, ...] and returns [resamples, ...]. NaN from a single run.
+    statistic takes the resampled arrays [resamples, runs, ...] and returns [resamples, ...]. NaN from one or two runs.
     """
     rng = np.random.default_rng(0)
     drawn = [group[rng.integers(len(group), size=(resamples, len(group)))] for group in groups]
     low_high = np.percentile(statistic(*drawn), [2.5, 97.5], axis=0)
-    return low_high if min(map(len, groups)) > 1 else np.full_like(low_high, np.nan)
+    return low_high if min(map(len, groups)) > 2 else np.full_like(low_high, np.nan)
 
 
 def estimate(key: str, groups: list[np.ndarray], statistic, resamples: int) -> dict[str, float]:
@@ -445,7 +462,8 @@ class Configuration:
         self.first = self.runs[0]  # for what all of them have in common
         self.scores = np.array([run.meta["final_score"] for run in self.runs])
         self.moving = any(len(E) > 1 for run in self.runs for E in run.masks.values())  # others have no SAD but 0
-        self.one_machine = len({(run.machine, run.meta["kernel"]) for run in self.runs}) == 1  # so minutes compare
+        places = {(run.machine, run.kernel) for run in self.runs}
+        self.timed = len(places) == 1 and not any(math.isnan(run.minutes) for run in self.runs)  # so minutes compare
 
 
 @dataclass
@@ -758,7 +776,7 @@ def draw_returns(study: Study, resamples: int) -> Figure:
     for (left, right), c in ((row, c) for row, group in zip(axes, rows, strict=True) for c in group):
         curves = [run.curve("eval/episodic_return") for run in c.runs]
         band(left, c, curves, resamples)
-        if c.one_machine:
+        if c.timed:
             end = min(run.minutes for run in c.runs)
             grid, timed = np.geomspace(end / 30, end, 100), []
             for run, curve in zip(c.runs, curves, strict=True):
@@ -799,17 +817,22 @@ FIGURES |= {"plasticity": draw_plasticity}
 
 ABOUT = """# Runs compared
 
-In brackets: 95 % bootstrap intervals over seeds ({resamples:,} resamples). One seed has none, and of few
-they are too narrow: of five they hold the mean in about 84 % of cases. No correction for many comparisons.
-The IQM of up to three seeds is their mean. Each configuration is compared with the dense script's and with its
-pattern's default one; of several codes of those, with the one that has the most seeds. Of dense: the ratio of the
-IQMs of all seeds, where every dense run scored above zero. Gain: mean difference of the scores of equal seeds (in
+In brackets: 95 % bootstrap intervals over seeds ({resamples:,} resamples). One or two seeds have none, and of few
+they are too narrow: they hold the mean of three in about 75 %, of five in about 84 % of cases. No correction for many
+comparisons. The IQM of up to three seeds is their mean. Each configuration is compared with the dense script's and
+with its pattern's default one; of several codes of those, with the one that has the most seeds. Of dense: the ratio of
+the IQMs of all seeds, where every dense run scored above zero. Gain: mean difference of the scores of equal seeds (in
 pairs). P better: probability that a run scores more than a dense one. Core minutes: CPU time of training, where all
-seeds ran on the same hardware, threads and kernel. Settled SAD: mean over seeds. Settled step: from there on the mask
-is within 10 % of the final one, at the latest (median; inf: only the final mask is).
+seeds ran on the same hardware (no GPU), threads and kernel; "Ran on" tells which rows did. Settled SAD: mean over
+seeds. Settled step: from there on the mask is within 10 % of the final one, at the latest (median; inf: only the final
+mask is).
 """
-TIMES = "Steps and core minutes until an evaluation first returned 50, 75, 90 % of dense's score: medians of the seeds;"
-TIMES += " inf: half of them or more never did."
+TIMES = (
+    "Steps and core minutes until an evaluation first returned 50, 75, 90 % of dense's score: of the seed in the middle"
+)
+TIMES += (
+    " (of two, the slower one); inf: half of them or more never did. Other work on the machine adds to core minutes."
+)
 HIDDEN = f"setting|script|exp_name|n|m|kernel|.*_low|.*_high|.*_to_..|{'|'.join(DEFAULTS)}"  # not in the first table
 COLUMNS = "dense of_dense gain gain_pairs p_better default default_gain default_gain_pairs".split()
 
@@ -869,17 +892,16 @@ def configuration_row(study: Study, c: Configuration, resamples: int) -> dict:
     if default and default is not c and c.first.pattern != "dense":
         row |= {"default": default.label} | paired_difference("default_gain", c, default, resamples)
     row |= {"active_parameters": meta["params_active"], "mflop_per_update": c.first.flops / 1e6}
-    row["core_minutes"] = statistics.median(run.minutes for run in c.runs) if c.one_machine else math.nan
-    row["kernel"] = ", ".join(sorted({run.meta["kernel"] for run in c.runs}))
+    row["core_minutes"] = statistics.median(run.minutes for run in c.runs) if c.timed else math.nan
+    row["kernel"] = ", ".join(sorted({run.kernel for run in c.runs}))
     row["settled_sad"] = pd.Series(study.pairs(c)[:, 0]).mean()
     for net in study.nets:
         steps = [settled_step(run.masks[net]) for run in c.runs if net in run.masks]
         row[f"settled_step/{net}"] = statistics.median_high(steps) if steps else math.nan
-    reference = study.plain("dense", DEFAULTS["hidden_dim"])
-    for percent in (50, 75, 90) if reference and (reference.scores > 0).all() else ():
-        times = [time_to(run, percent / 100 * iqm(reference.scores)) for run in c.runs]
-        steps, minutes = map(statistics.median_high, zip(*times, strict=True))
-        row |= {f"steps_to_{percent}": steps, f"core_minutes_to_{percent}": minutes if c.one_machine else math.nan}
+    for percent in (50, 75, 90) if dense and (dense.scores > 0).all() else ():
+        times = [time_to(run, percent / 100 * iqm(dense.scores)) for run in c.runs]
+        steps, minutes = statistics.median_high(times)  # of one run
+        row |= {f"steps_to_{percent}": steps, f"core_minutes_to_{percent}": minutes if c.timed else math.nan}
     return row
 
 
@@ -905,15 +927,10 @@ def pooled_rows(studies: list[Study], resamples: int) -> list[dict]:
 
 
 def condition_texts(study: Study) -> list[str]:
-    """What the numbers may depend on besides the setting, and the configurations that ran so."""
+    """The conditions, and the configurations that ran so."""
     found = {}
     for label, run in [(c.label, run) for c in study.configurations for run in c.runs]:
-        meta, versions = run.meta, run.meta["versions"]
-        parts = [f"commit {meta.get('commit')}{' and changes' * bool(meta.get('dirty'))}"]
-        parts += [f"code {meta['code']}"] if "code" in meta else []
-        parts += [f"{name} {versions.get(name)}" for name in ("torch", "gymnasium", "mujoco", "numpy")]
-        parts += [f"kernel {meta['kernel']}, on {run.machine}"]
-        found.setdefault(", ".join(parts), {})[label] = None
+        found.setdefault(through(run.meta, conditions), {})[label] = None
     return [f"{text}: {'; '.join(labels)}" for text, labels in found.items()]
 
 
@@ -947,7 +964,7 @@ def write_summary(out: Path, studies: list[Study], skipped: list[tuple[str, str]
         keys = list(part.dropna(axis=1, how="all"))
         times = [key for key in keys if re.fullmatch(".*_to_..", key)]
         lines += [f"## {name}", "", *table(part, [key for key in keys if not re.fullmatch(HIDDEN, key)])]
-        lines += [TIMES, "", *table(part, ["configuration", *times])] if times else []
+        lines += [TIMES, "", *table(part, ["configuration", "seeds", *times])] if times else []
         lines += notes.get(name, [])
     if skipped:
         lines += ["## Skipped", "", *(f"- {name}: {reason}" for name, reason in skipped), ""]

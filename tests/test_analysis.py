@@ -109,13 +109,14 @@ def test_iqm_is_rliables():
 
 
 def test_bootstrap_by_hand():
-    low, high = sa.interval([np.array([0.0, 1.0])], lambda drawn: drawn.mean(axis=1), 4000)
-    assert (low, high) == (0.0, 1.0)  # 0 and 1 have a quarter of the resamples each
+    low, high = sa.interval([np.array([0.0, 1.0, 2.0])], lambda drawn: drawn.mean(axis=1), 4000)
+    assert (low, high) == (0.0, 2.0)  # of three equal draws one is in 27 resamples
     a = np.random.default_rng(1).normal(10, 1, 400)
     low, high = sa.interval([a], lambda drawn: drawn.mean(axis=1), 4000)
     assert low == pytest.approx(a.mean() - 1.96 * a.std() / 20, abs=0.02)
     assert high == pytest.approx(a.mean() + 1.96 * a.std() / 20, abs=0.02)
-    assert np.isnan(sa.interval([np.array([3.0])], lambda drawn: drawn.mean(axis=1), 100)).all()
+    for few in ([3.0], [3.0, 4.0]):
+        assert np.isnan(sa.interval([np.array(few)], lambda drawn: drawn.mean(axis=1), 100)).all()
     groups = [np.zeros(5), np.ones(5)]  # strata stay apart: every resample has five of each
     assert (sa.interval(groups, lambda x, y: np.concatenate([x, y], axis=1).mean(axis=1), 100) == 0.5).all()
 
@@ -356,7 +357,6 @@ DAMAGE = {
     "masks that end early": ("damaged: the last sad_initial/actor", lambda d: fewer(d)),
     "no arguments": (OTHER, lambda d: edit(d, args={})),
     "garbage": (OTHER, lambda d: swap(d / "metrics.csv", ",0.", ",zero.")),
-    "no clock": (OTHER, lambda d: [swap(d / "metrics.csv", f"{x}_time_s", x) for x in ("cpu", "wall")]),
     "other masks": ("damaged: the last sad_initial/actor", lambda d: shutil.copy(d.parent / "good/masks.npz", d)),
 }
 
@@ -480,3 +480,20 @@ def test_other_machines_are_named(monkeypatch, capsys, tmp_path):
         assert f"- commit abc and changes, {common}, kernel nm, on CPU {seed}, 1 thread: 1:4\n" in out
     table = pd.read_csv(tmp_path / "a/summary.csv").set_index("configuration")
     assert table.core_minutes["dense"] == 2.5 and np.isnan(table.core_minutes["1:4"])
+
+
+def test_a_resume_elsewhere_counts(monkeypatch, capsys, tmp_path):
+    """Another machine or kernel: no minutes. Another code: a configuration of its own. A GPU: no minutes."""
+    monkeypatch.setattr(sa, "draw", lambda *_: [])
+    for name, m, resumed in (("a", 4, {"kernel": "torch"}), ("b", 8, {"threads": 8}), ("c", 16, {"code": "beef" * 4})):
+        for seed in (1, 2):
+            make_run(tmp_path / f"runs/{name}{seed}", seed=seed, m=m, resumed=[resumed] * (seed == 2))
+    make_run(tmp_path / "runs/gpu", args={"device": "cuda"}, m=5)
+    code, out, _ = run(monkeypatch, capsys, tmp_path / "runs", "--no-track", "--out", tmp_path / "a")
+    assert code == 0 and "kernel nm, on a CPU, 1 thread then commit None" in out and "a CPU, 8 threads: 1:8" in out
+    table = pd.read_csv(tmp_path / "a/summary.csv").set_index("configuration")
+    assert table.core_minutes.dropna().to_dict() == {
+        "1:16, code c0dec0": 2.5,
+        "1:16, code c0dec0 then code beefbe": 2.5,
+    }
+    assert table.kernel["1:4, code c0dec0"] == "nm, nm then torch" and table.seeds["1:8, code c0dec0"] == 2

@@ -52,7 +52,7 @@ def test_time_to_a_return_by_hand(monkeypatch, capsys, tmp_path):
     assert frame.loc["1:8", "core_minutes_to_75"] == pytest.approx(18_000 / 200 / 60)
     assert math.isnan(frame.loc["1:4", "core_minutes_to_50"])  # of two machines
     text = (tmp_path / "a" / "summary.md").read_text()
-    assert "| 1:8 | 12,000 | 1 | 18,000 | 1.5 | 24,000 | 2 |" in text and "| steps to 50 % |" in text
+    assert "| 1:8 | 3 | 12,000 | 1 | 18,000 | 1.5 | 24,000 | 2 |" in text and "| steps to 50 % |" in text
 
 
 def test_what_is_not_drawn_is_named(monkeypatch, capsys, tmp_path):
