@@ -828,7 +828,7 @@ def configurations(args: Args) -> dict[str, Run]:
     found[f"RLx2 {actor}/{critic}, one-step targets"] = Run(rlx2)
     peers = {label: module for label, module in PEERS.items() if importlib.util.find_spec(module)}
     if missing := [label for label in PEERS if label not in peers]:
-        print(f"without {' and '.join(missing)}: pip install stable-baselines3 sbx-rl", file=sys.stderr)
+        print(f"without {' and '.join(missing)}: pip install stable-baselines3 sbx-rl")
     for label, module in peers.items():
         found[label] = Run(["-c", PEER, module, args.env_id, str(hidden), str(args.steps)])
     if CORES > 1:
