@@ -218,10 +218,10 @@ def load_run(folder: Path) -> Run:
     setting = (*((name, args.get(name)) for name in SETTING), ("mujoco", physics))
     fork = [script] * (script not in SCRIPTS) + [args["exp_name"]] * (args["exp_name"] != Path(script).stem)
     fork += [f"masks not {pattern} along rows"] * (not rowwise)
-    code = through(meta, lambda part: f"code {part['code'][:6]}" if "code" in part else "commit b4ac3f7")  # the last
-    if "charts/cpu_time_s" not in metrics or args.get("device") == "cuda":  # not before commit b4ac3f7
-        metrics["charts/cpu_time_s"] = math.nan
-    minutes = metrics["charts/cpu_time_s"].iloc[-1] / 60
+    # Commit b4ac3f7 is the last one whose runs have no hash of the code and no CPU time.
+    code = through(meta, lambda part: f"code {part['code'][:6]}" if "code" in part else "commit b4ac3f7")
+    timed = "charts/cpu_time_s" in metrics and args.get("device") != "cuda"
+    minutes = metrics["charts/cpu_time_s"].iloc[-1] / 60 if timed else math.nan
     places = through(meta, machine), through(meta, lambda part: part["kernel"])
     kind = pattern, args.get("hidden_dim", DEFAULTS["hidden_dim"]), ", ".join(fork), code, flops_per_update(meta)
     return Run(meta["run_name"], folder, meta, args, metrics, masks, curves, rowwise, setting, *kind, minutes, *places)
@@ -384,9 +384,9 @@ def time_to(run: Run, score: float) -> tuple[float, float]:
     """Environment steps and core minutes (CPU time of training) until an evaluation first returns `score`, or inf."""
     returns = run.curve("eval/episodic_return")
     reached = returns.index[returns >= score]
-    return (
-        (reached[0], run.curve("charts/cpu_time_s").get(reached[0], math.nan) / 60) if len(reached) else (math.inf,) * 2
-    )
+    if not len(reached):
+        return math.inf, math.inf
+    return reached[0], run.curve("charts/cpu_time_s").get(reached[0], math.nan) / 60
 
 
 def flops_per_update(meta: dict) -> float:
@@ -827,12 +827,8 @@ seeds ran on the same hardware (no GPU), threads and kernel; "Ran on" tells whic
 seeds. Settled step: from there on the mask is within 10 % of the final one, at the latest (median; inf: only the final
 mask is).
 """
-TIMES = (
-    "Steps and core minutes until an evaluation first returned 50, 75, 90 % of dense's score: of the seed in the middle"
-)
-TIMES += (
-    " (of two, the slower one); inf: half of them or more never did. Other work on the machine adds to core minutes."
-)
+TIMES = """Steps and core minutes until an evaluation first returned 50, 75, 90 % of dense's score: of the seed in the
+middle (of two, the slower one); inf: half of them or more never did. Other work on the machine adds to core minutes."""
 HIDDEN = f"setting|script|exp_name|n|m|kernel|.*_low|.*_high|.*_to_..|{'|'.join(DEFAULTS)}"  # not in the first table
 COLUMNS = "dense of_dense gain gain_pairs p_better default default_gain default_gain_pairs".split()
 
