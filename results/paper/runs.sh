@@ -2,8 +2,10 @@
 # The runs behind results/paper, block by block. Type it again after any stop: it goes on where it was.
 #   results/paper/runs.sh BLOCK RUNS_DIR    (BLOCK 1 to 4, in the repository's root, at the tag paper-runs)
 set -eu
-grid() {
-    nice -n 19 python run_grid.py --runs-dir "$runs" --workers 2 "$@"
+status=0
+grid() { # goes on after a run that failed, not after Ctrl-C
+    nice -n 19 python run_grid.py --runs-dir "$runs" --workers 2 "$@" || status=$?
+    [ "$status" -le 1 ] || exit "$status"
 }
 all="--no-track --checkpoint-interval 50000"
 runs=$2
@@ -33,3 +35,4 @@ case $1 in
         "rnm_td3_continuous.py --n 2 --m 4 --mask-update-interval 0 $all"
     ;;
 esac
+exit "$status"
