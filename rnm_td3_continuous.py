@@ -216,7 +216,7 @@ def refresh_masks(agent: "Agent") -> None:
     """Figure 1, right: active weights go back to W, W gives the new mask, W is read at the new positions (D2-D4).
 
     Adam's moments travel in the same way. A weight that returns has the value and the moments that it had when it
-    left; in a target network too, so that there it can be far behind the online one.
+    left, in a target network too: both critics' values jump here, past the Polyak average.
     """
     optimizers = [part for part in vars(agent).values() if isinstance(part, optim.Optimizer)]
     for net in agent.networks:
