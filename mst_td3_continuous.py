@@ -270,13 +270,13 @@ def swap_in_groups(layer: SparseLinear, score: torch.Tensor, drop: float) -> tor
     """[kept] of an N:M layer: as many groups as the share `drop` of the weights makes, those with the smallest weights,
     change that weight for the place with the best score among the inactive ones and its own (M5)."""
     (rows, cols), m = layer.shape, layer.nm[1]
-    active = F.pad(layer.E, (0, -cols % m)).view(-1, m)  # [groups, m]; of a ragged group the rest is never chosen
-    there = F.pad(torch.ones_like(layer.E), (0, -cols % m)).view(-1, m)
-    weight = F.pad(layer.sparse_weight().abs(), (0, -cols % m)).view(-1, m)
+    parts = layer.E, torch.ones_like(layer.E), layer.sparse_weight().abs(), score
+    active, there, weight, score = (F.pad(x, (0, -cols % m)).view(-1, m) for x in parts)  # [groups, m]
     smallest, place = weight.masked_fill(~active, math.inf).min(dim=1)  # [groups]
     stay = active.scatter(1, place[:, None], False)
-    score = F.pad(score, (0, -cols % m)).view(-1, m).masked_fill(stay | ~there, -math.inf)
+    score = score.masked_fill(stay | ~there, -math.inf)  # of a ragged group the rest is never chosen
     swapped = stay.scatter(1, score.argmax(dim=1, keepdim=True), True)
+    smallest[(active | ~there).all(dim=1)] = math.inf  # full: nothing to change
     chosen = smallest.argsort(stable=True)[: int(len(layer.positions) * drop)]
     active[chosen] = swapped[chosen]
     return active.view(rows, -1)[:, :cols].flatten().nonzero()[:, 0]
@@ -594,6 +594,9 @@ def train(args: Args) -> dict:
             obs = next_obs
 
             row, last = {}, global_step == args.total_timesteps
+            if args.diagnostics_interval and (global_step % args.diagnostics_interval == 0 or last) and state.update:
+                with run.paused():  # before the update, which may change masks
+                    row |= diagnose(agent, rb, args, global_step) | ever_active(state.ever)
             if global_step > args.learning_starts:
                 with run.updating():
                     state.update += 1
@@ -615,9 +618,6 @@ def train(args: Args) -> dict:
             if global_step % args.eval_interval == 0 or last:
                 row |= run.evaluate(agent.actor, eval_seeds, global_step)
                 state.evaluations.append([global_step, row["eval/episodic_return"]])
-            if args.diagnostics_interval and (global_step % args.diagnostics_interval == 0 or last) and state.update:
-                with run.paused():
-                    row |= diagnose(agent, rb, args, global_step) | ever_active(state.ever)
             run.bar.update()
             if row:
                 run.log(global_step, row)

@@ -26,7 +26,7 @@ Decisions, where the paper, its code (tyq1024/RLx2, commit 3f4898b) and good sen
       first. In the code moments fade for Delta updates: the same to rounding.
   R6  Growth looks at the gradient of the network's own loss; in the code the actor's can leak into the critics'.
   R7  Targets have the online topology from the start, in the code from the second update on.
-  R8  A window of n steps ends where the episode does; a time limit bootstraps, a termination does not. The switch to
+  R8  A window of n steps ends where the episode does; only a termination cuts the bootstrap. The switch to
       n steps counts updates, as in the code.
   R9  Policy distance as in the code, to which its threshold belongs: over the oldest 8 batches half the mean squared
       difference to the noise-free action at the time, in action scales; one shrink at most per check. The paper: an L2
