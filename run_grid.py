@@ -384,7 +384,7 @@ def submit(grid: list[Run], args: Args) -> int:
     return 0
 
 
-def report(grid: list[Run], metas: list[dict]) -> None:
+def report(grid: list[Run], metas: list[dict]) -> str:
     """A row for each configuration and environment, the failures, and how to draw the rest."""
     rows, ended = [["configuration", "environment", "finished", "score ± std", "minutes"]], {}
     for run, meta in zip(grid, metas, strict=True):
@@ -397,13 +397,12 @@ def report(grid: list[Run], metas: list[dict]) -> None:
         minutes = f"{statistics.fmean(seconds) / 60:,.1f}" if seconds else ""
         rows.append([label, env_id, f"{len(own)} of {len(all_metas)}", score, minutes])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     for run in grid:
         if run.failure:
             again = [*run.argv[:2], "--resume", str(run.folder)] if run.folder else run.argv
-            print(f"failed: {run}: {run.failure}\n  log: {run.log}\n  again: {shlex.join(again)}")
-    print(f"figures: python sad_analysis.py {shlex.quote(str(grid[0].log.parents[1]))}")
+            lines.append(f"failed: {run}: {run.failure}\n  log: {run.log}\n  again: {shlex.join(again)}")
+    return "\n".join([*lines, f"figures: python sad_analysis.py {shlex.quote(str(grid[0].log.parents[1]))}"])
 
 
 def main() -> int:
@@ -433,7 +432,7 @@ def main() -> int:
     found = read_runs(args.runs_dir)
     metas = [look(run, found) for run in grid]  # others may have finished some
     if args.task is None:
-        report(grid, metas)
+        pool.say(report(grid, metas))
     if all(run.state == "finished" for run in grid):
         return 0
     if pool.stop_signal == signal.SIGUSR1 and args.task is not None:  # SLURM's time limit; the run has saved itself

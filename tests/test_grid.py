@@ -220,6 +220,16 @@ def test_a_stopped_grid_goes_on(grid, tmp_path, number):
     assert "SIGINT reached" not in "".join(path.read_text() for path in tmp_path.glob("runs/grid/*.log"))
 
 
+def test_a_stopped_grid_whose_reader_is_gone(grid, tmp_path):
+    """In `run_grid.py ... | tee log` Ctrl-C takes tee, too; the exit code tells a shell loop to stop."""
+    process = grid("toy.py --total-timesteps 100", seeds=(1,), wait=False)
+    wait_for(lambda: started(tmp_path))
+    process.stdout.close()
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+
+
 def test_a_killed_grid_and_its_orphans(grid, tmp_path):
     """kill -9 of the grid leaves its runs alive: the next grid waits for them, and starts none of them again."""
     process = grid("toy.py --total-timesteps 150", more=("--workers", 2), wait=False)
