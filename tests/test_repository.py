@@ -188,20 +188,20 @@ def test_readme_snippet_acts(rnm, small):
     assert scope["action"].shape == (1,) and abs(scope["action"]) <= 2
 
 
-def read_table(text):
-    """The first table of a text of Markdown: for each row its cells."""
-    rows = re.search(r"(?:^\|.*\n)+", text, re.MULTILINE)[0].splitlines()
+def read_table(text, number=0):
+    """A table of a text of Markdown: for each row its cells."""
+    rows = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)[number].splitlines()
     return [[cell.strip() for cell in row.strip("|").split("|")] for row in rows if not row.startswith("| ---")]
 
 
 def test_the_readme_s_numbers_are_those_of_the_results():
-    """Steps per second of the first table; differences of scores in the sentences below it."""
+    """Steps per second of the first table; scores and core minutes, without intervals, of the second."""
     names, speeds, ratios = read_table(README)
     measured = read_table(read("results/end_to_end/summary.md"))[1:]
     assert len(names) > 8 and set(zip(names[1:], speeds[1:], ratios[1:], strict=True)) < set(map(tuple, measured))
-    header, *rows = read_table(read("results/paper/summary.md"))
-    gains = {row[0]: row[header.index("gain")].partition(" ")[0] for row in rows}  # of equal seeds
-    said = {pattern: gain for gain, pattern in re.findall(r"(-?[\d,]+)\s\((\d:\d)\)", README)}
-    assert said == {pattern: gains[pattern] for pattern in ("2:4", "1:4", "1:8")}
-    assert f"{gains['dense, as many weights as 1:8']} where dense has as many" in README
-    assert f"dense returned {rows[0][header.index('final score iqm')]}," in README
+    scores, times = (read_table(read("results/paper/summary.md"), number) for number in (0, 1))
+    labels, *said = (row[1:] for row in read_table(README, 1))
+    assert labels == [cells[0] for cells in scores[1:6]] == [cells[0] for cells in times[1:6]]
+    columns = (scores, "final score iqm"), (scores, "gain"), (scores, "core minutes"), (times, "core minutes to 50 %")
+    for row, (table, column) in zip(said, columns, strict=True):
+        assert row == [cells[table[0].index(column)].partition(" ")[0] for cells in table[1:6]], column
