@@ -17,7 +17,6 @@ import hashlib
 import json
 import math
 import os
-import pickle
 import random
 import re
 import shutil
@@ -34,6 +33,7 @@ from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Literal, get_type_hints
+from unittest import mock
 
 import gymnasium as gym
 import numpy as np
@@ -156,8 +156,6 @@ def make_networks(args: Args, env: gym.Env) -> dict[str, nn.Module]:
 
 
 # --- end shared ---
-
-
 # --- shared: agent ---
 Network = namedtuple("Network", "name online target")
 
@@ -174,19 +172,19 @@ class Agent:
             target = copy.deepcopy(net).requires_grad_(False)  # targets start as copies
             self.networks.append(Network(name, net, target))
             vars(self).update({name: net, "target_actor" if name == "actor" else f"{name}_target": target})
-        self.online_parameters = [param for net in self.networks for param in net.online.parameters()]
-        self.target_parameters = [param for net in self.networks for param in net.target.parameters()]
 
 
 @torch.no_grad()
 def update_targets(agent: Agent, tau: float) -> None:
-    """Polyak, all networks at once: target <- target + tau * (online - target)."""
-    torch._foreach_lerp_(agent.target_parameters, agent.online_parameters, tau)
+    """Polyak: target <- target + tau * (online - target)."""
+    for net in agent.networks:
+        for param, target in zip(net.online.parameters(), net.target.parameters(), strict=True):
+            target.lerp_(param, tau)
 
 
 class State:
-    """What survives a resume beside networks, optimizers, replay and generators. Whatever `train` must remember belongs
-    here (numbers, strings, tensors; lists and dicts of them): a local variable of its own starts anew at a resume."""
+    """What survives a resume beside Agent, replay and generators. Whatever `train` must remember belongs here (numbers,
+    strings, tensors, arrays; lists and dicts of them; a network): a local variable starts anew at a resume."""
 
     def __init__(self):
         self.global_step, self.update = 0, 0  # environment steps taken, critic updates done
@@ -196,8 +194,6 @@ class State:
 
 
 # --- end shared ---
-
-
 # --- shared: td3 ---
 def update_critics(agent: Agent, data, args: Args, generator: torch.Generator) -> dict[str, torch.Tensor]:
     """One step of both critics towards the clipped double-Q target; returns what is logged of it."""
@@ -277,8 +273,9 @@ def train(args: Args) -> dict:
         if not args.resume:
             run.log(0, run.density | run.evaluate(agent.actor, eval_seeds, 0))
             save_checkpoint(run, state, agent, rb, rng, env)
-        obs = reset(env, state.global_step)
+        obs, _ = env.reset()
         while state.global_step < args.total_timesteps:
+            check_finite("observation", state.global_step, obs)
             if state.global_step < args.learning_starts:
                 action = low + (high - low) * torch.rand(low.shape, generator=rng["warmup"])
             else:
@@ -294,7 +291,7 @@ def train(args: Args) -> dict:
 
             row, last = {}, global_step == args.total_timesteps
             if global_step > args.learning_starts:
-                with run.updating():
+                with run.timed("updates"):
                     state.update += 1
                     state.losses |= update_agent(agent, rb, args, rng, state.update)
                     check_finite("a loss", global_step, *(x.item() for x in state.losses.values() if not x.dim()))
@@ -315,7 +312,7 @@ def train(args: Args) -> dict:
                     save_checkpoint(run, state, agent, rb, rng, env)
                 if stop:
                     break
-                obs = reset(env, global_step)
+                obs, _ = env.reset()
 
         if state.global_step >= args.total_timesteps:
             write_files(run, state, agent, rb)
@@ -337,7 +334,48 @@ def write_files(run: "Run", _state: State, agent: Agent, rb: "ReplayBuffer") -> 
     save_model(run.dir / "model.pt", agent, rb)
 
 
-# --- shared: arguments ---
+# --- shared: replay ---
+class ReplayBuffer:
+    """Ring of transitions, one float32 row each, so that a batch is a single gather; sampled with replacement.
+
+    columns: the width of each part of a row; a batch has them as attributes [B, width], in their order.
+    """
+
+    def __init__(self, size: int, columns: dict[str, int], device: str):
+        self.size, self.widths, self.device, self.added = size, list(columns.values()), device, 0
+        self.array = np.zeros((size, sum(self.widths)), np.float32)  # takes memory only as it fills
+        self.rows, self.Batch = torch.from_numpy(self.array), namedtuple("Batch", columns)
+        stops = np.cumsum(self.widths).tolist()
+        self.places = {name: slice(stop - columns[name], stop) for name, stop in zip(columns, stops, strict=True)}
+
+    def add(self, **transition) -> None:
+        row = self.array[self.added % self.size]
+        for name, value in transition.items():
+            row[self.places[name]] = value
+        self.added += 1
+
+    def sample(self, batch_size: int, generator: torch.Generator):
+        index = torch.randint(min(self.added, self.size), (batch_size,), generator=generator)
+        return self.Batch(*self.rows.index_select(0, index).to(self.device).split(self.widths, dim=1))
+
+    def state_dict(self) -> dict:
+        return {"added": self.added, "rows": torch.from_numpy(self.array[: self.added])}  # without the empty part
+
+    def load_state_dict(self, state: dict) -> None:
+        self.added = state["added"]
+        self.rows[: len(state["rows"])] = state["rows"]
+
+
+# --- end shared ---
+# --- shared: score ---
+def final_score(evaluations: list[list]) -> float:
+    """Mean of the last 10 evaluations [step, return], of fewer than 20 the last half; none is from step 0."""
+    last = min(10, (len(evaluations) + 1) // 2)
+    return statistics.fmean(score for _, score in evaluations[-last:])
+
+
+# --- end shared ---
+# --- shared: run ---
 class UserError(Exception):
     """What the user typed or pointed to is wrong: one line, exit code 2."""
 
@@ -409,45 +447,6 @@ def main() -> int:
         return 130
 
 
-# --- end shared ---
-
-
-# --- shared: replay ---
-class ReplayBuffer:
-    """Ring of transitions, one float32 row each, so that a batch is a single gather; sampled with replacement.
-
-    columns: the width of each part of a row; a batch has them as attributes [B, width], in their order.
-    """
-
-    def __init__(self, size: int, columns: dict[str, int], device: str):
-        self.size, self.widths, self.device, self.added = size, list(columns.values()), device, 0
-        self.array = np.zeros((size, sum(self.widths)), np.float32)  # takes memory only as it fills
-        self.rows, self.Batch = torch.from_numpy(self.array), namedtuple("Batch", columns)
-        stops = np.cumsum(self.widths).tolist()
-        self.places = {name: slice(stop - columns[name], stop) for name, stop in zip(columns, stops, strict=True)}
-
-    def add(self, **transition) -> None:
-        row = self.array[self.added % self.size]
-        for name, value in transition.items():
-            row[self.places[name]] = value
-        self.added += 1
-
-    def sample(self, batch_size: int, generator: torch.Generator):
-        index = torch.randint(min(self.added, self.size), (batch_size,), generator=generator)
-        return self.Batch(*self.rows.index_select(0, index).to(self.device).split(self.widths, dim=1))
-
-    def state_dict(self) -> dict:
-        return {"added": self.added, "rows": torch.from_numpy(self.array[: self.added])}  # without the empty part
-
-    def load_state_dict(self, state: dict) -> None:
-        self.added = state["added"]
-        self.rows[: len(state["rows"])] = state["rows"]
-
-
-# --- end shared ---
-
-
-# --- shared: environment ---
 def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
     """A plain environment; raises UserError where this script can't run on it."""
     if not re.search(r"-v\d+$", env_id):
@@ -475,7 +474,7 @@ def transition_columns(env: gym.Env) -> dict[str, int]:
 
 
 def make_generators(seed: int, device: str) -> dict[str, torch.Generator]:
-    """A random stream for each purpose, so that none shifts another (D8). Add yours at the end."""
+    """A random stream for each purpose, so that none shifts another. Add yours at the end."""
     if device == "cuda" and not torch.cuda.is_available():
         raise UserError("--device cuda: torch sees no GPU here, use --device cpu")
     names = ("init", "env_reset", "warmup", "exploration", "replay", "smoothing", "evaluation", "globals")
@@ -497,9 +496,8 @@ def seed_globals(seed: int) -> None:
 
 
 def get_globals() -> list:
-    name, key, *rest = np.random.get_state()
     cuda = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    return [random.getstate(), [name, key.tolist(), *rest], torch.get_rng_state(), cuda]
+    return [random.getstate(), np.random.get_state(), torch.get_rng_state(), cuda]
 
 
 def set_globals(python_state, numpy_state, torch_state, cuda_states) -> None:
@@ -525,12 +523,6 @@ def check_finite(what: str, step: int, *values) -> None:
     for value in values:
         if not (math.isfinite(value) if isinstance(value, float) else np.isfinite(value).all()):
             raise FloatingPointError(f"{what} at step {step} is NaN or infinite")
-
-
-def reset(env: gym.Env, step: int) -> np.ndarray:
-    obs, _ = env.reset()
-    check_finite("observation of the reset", step, obs)
-    return obs
 
 
 @torch.no_grad()
@@ -578,20 +570,6 @@ def evaluate_run(args: "Args") -> int:
     return 0
 
 
-# --- end shared ---
-
-
-# --- shared: score ---
-def final_score(evaluations: list[list]) -> float:
-    """Mean of the last 10 evaluations [step, return], of fewer than 20 the last half; none is from step 0."""
-    last = min(10, (len(evaluations) + 1) // 2)
-    return statistics.fmean(score for _, score in evaluations[-last:])
-
-
-# --- end shared ---
-
-
-# --- shared: run ---
 def make_adam(parameters, learning_rate: float) -> optim.Adam:
     """Adam in one fused call, which does not tell autograd that it changed the parameters: the hook does."""
     optimizer = optim.Adam(parameters, lr=learning_rate, fused=True)
@@ -675,8 +653,8 @@ class Run:
         self.meta |= facts | {"pattern": stats["pattern"], "args": vars(args) | {"resume": None}, "end": None}
         self.write_meta(exit_reason="running", final_score=None)
         self.wandb = start_wandb(args, self.meta)
-        self.update_s, self.start = 0.0, clock() - np.array(state.times)
-        self.last = np.array([state.global_step, state.update, state.times[0]])
+        self.start, self.spent = clock() - np.array(state.times), {"updates": np.zeros(2), "pauses": np.zeros(2)}
+        self.last = np.array([state.global_step, state.update, state.times[0], 0.0])
         self.terminal, step = sys.stderr.isatty(), state.global_step
         file = None if self.terminal else open(os.devnull, "w")
         self.bar = tqdm(
@@ -729,35 +707,27 @@ class Run:
 
     def times(self) -> np.ndarray:
         """Training seconds by wall and CPU clock, summed over resumes, without evaluations and checkpoints."""
-        return clock() - self.start
+        return clock() - self.start - self.spent["pauses"]
 
     @contextlib.contextmanager
-    def paused(self):
-        """Stop the training clocks."""
+    def timed(self, what: str):
+        """Count the time within as that of "updates", or of "pauses", which are no training time."""
         start = clock()
         yield
-        self.start += clock() - start
-
-    @contextlib.contextmanager
-    def updating(self):
-        """Count the time as that of updates."""
-        start = time.perf_counter()
-        yield
-        self.update_s += time.perf_counter() - start
+        self.spent[what] += clock() - start
 
     def speed(self, state: "State") -> dict[str, float]:
         """Environment steps per training second and milliseconds per update since the last call."""
-        now = np.array([state.global_step, state.update, self.times()[0]])
-        (steps, updates, seconds), self.last = now - self.last, now
-        update_ms, self.update_s = 1e3 * self.update_s / max(1, updates), 0.0
-        return {"charts/SPS": steps / seconds} | ({"charts/update_ms": update_ms} if updates else {})
+        now = np.array([state.global_step, state.update, self.times()[0], self.spent["updates"][0]])
+        (steps, updates, seconds, update_s), self.last = now - self.last, now
+        return {"charts/SPS": steps / seconds} | ({"charts/update_ms": 1e3 * update_s / updates} if updates else {})
 
     def evaluate(self, actor: "Actor", seeds: list[int], global_step: int) -> dict[str, float]:
-        with self.paused():
+        with self.timed("pauses"):
             return evaluate(actor, self.args.env_id, seeds, global_step)
 
     def log(self, global_step: int, row: dict[str, float]) -> None:
-        """Write a row of metrics.csv (on disk when this returns) and of W&B."""
+        """Write a row of metrics.csv (a kill loses none that this wrote) and of W&B."""
         wall, cpu = self.times().tolist()
         row = {"global_step": global_step, "charts/wall_time_s": wall, "charts/cpu_time_s": cpu, **row}
         if unknown := row.keys() - set(self.writer.fieldnames):
@@ -803,7 +773,7 @@ def clock() -> np.ndarray:
 def open_metrics(path: Path, columns: list[str], size: int):
     """metrics.csv for appending, locked against a second process; of a resumed run its first `size` bytes are kept."""
     try:
-        file = open(path, "r+" if size else "x+", newline="", buffering=1)  # each row goes to disk
+        file = open(path, "r+" if size else "x+", newline="", buffering=1)  # row by row
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         raise UserError(f"{path} is missing or being written by another process ({first_line(error)})") from None
@@ -816,6 +786,7 @@ def open_metrics(path: Path, columns: list[str], size: int):
     return file
 
 
+@mock.patch.dict(os.environ)  # what is changed there, for this run alone, comes back
 def start_wandb(args: "Args", meta: dict):
     """A W&B run under the run's own name; offline, with a line that says so, without a login or a network."""
     wanted = os.environ.get("WANDB_MODE")
@@ -859,6 +830,11 @@ def write_atomic(path: Path, write) -> None:
         temporary.unlink(missing_ok=True)
 
 
+# What numpy's arrays and scalars are made of: torch.load may meet them in a checkpoint.
+NUMPY = [np.ndarray, np.dtype, np.zeros(0).__reduce__()[0], np.float64(0).__reduce__()[0]]
+torch.serialization.add_safe_globals([*NUMPY, *(type(np.dtype(kind)) for kind in "?bhilqBHILQefd")])
+
+
 def read_torch(path: Path) -> dict:
     if (broken := zipfile.ZipFile(path).testzip()) is not None:  # torch.load does not look at checksums
         raise ValueError(f"{broken} is not what was written")
@@ -867,44 +843,39 @@ def read_torch(path: Path) -> dict:
 
 def save_checkpoint(run: Run, state: "State", agent: "Agent", rb: ReplayBuffer, rng: dict, env: gym.Env) -> None:
     """All that a resume needs at an episode's end, in one file."""
-    with run.paused():
+    with run.timed("pauses"):
         write_files(run, state, agent, rb)
         os.fsync(run.csv.fileno())
         state.times, state.csv_bytes = run.times().tolist(), os.fstat(run.csv.fileno()).st_size
-        content = {name: part.state_dict() for name, part in vars(agent).items() if hasattr(part, "state_dict")}
-        content |= {"rb": rb.state_dict(), "rng": {name: generator.get_state() for name, generator in rng.items()}}
-        content |= {"globals": get_globals(), "env": env.unwrapped.np_random.bit_generator.state}
-        content |= {"agent": plain(own_values(agent)), "state": plain(own_values(state))}
-        write_atomic(run.dir / "checkpoint.pt", lambda file: torch.save(content, file))
-        if run.last_checkpoint is None:  # the first one: say now what a resume could not read
-            try:
-                read_torch(run.dir / "checkpoint.pt")
-            except pickle.UnpicklingError as error:
-                raise TypeError(f"State or Agent holds what a checkpoint can't: {error}") from None
+        content = {"agent": contents(agent), "state": contents(state), "rb": rb.state_dict(), "globals": get_globals()}
+        content |= {"rng": {name: generator.get_state() for name, generator in rng.items()}}
+        content |= {"env": env.unwrapped.np_random.bit_generator.state}
+
+        def write(file) -> None:
+            torch.save(content, file)
+            file.flush()
+            read_torch(file.name)  # an error now if State or Agent holds what a resume could not read
+
+        write_atomic(run.dir / "checkpoint.pt", write)
         run.last_checkpoint = state.global_step
 
 
-def own_values(thing) -> dict:
-    """What an object holds beside networks, optimizers, functions, and the lists that Agent makes of them."""
-    made = "networks", "online_parameters", "target_parameters"
-    return {k: x for k, x in vars(thing).items() if not (k in made or callable(x) or hasattr(x, "state_dict"))}
+def contents(thing) -> list[dict]:
+    """The state_dicts of what has one, and all else that an object holds, but for functions and Agent's `networks`."""
+    parts = {name: x.state_dict() for name, x in vars(thing).items() if hasattr(x, "state_dict")}
+    return [parts, {k: x for k, x in vars(thing).items() if not (k in parts or k == "networks" or callable(x))}]
 
 
-def set_values(thing, values: dict) -> None:
-    """Put them back; a tensor in place if it fits, since an optimizer may hold it."""
+def put_back(thing, parts: dict, values: dict) -> None:
+    """Undo `contents`; a tensor in place if it fits, since an optimizer may hold it."""
+    for name in parts.keys() | {name for name, x in vars(thing).items() if hasattr(x, "load_state_dict")}:
+        getattr(thing, name).load_state_dict(parts[name])  # an error if it is on one side only
     for name, value in values.items():
         pair = [getattr(thing, name, None), value]
         if all(isinstance(x, torch.Tensor) for x in pair) and len({(x.shape, x.dtype) for x in pair}) == 1:
             pair[0].data.copy_(value)
         else:
             setattr(thing, name, value)
-
-
-def plain(x):
-    """x with its numpy scalars, which torch.load would refuse, as Python's."""
-    if isinstance(x, dict):
-        return {key: plain(value) for key, value in x.items()}
-    return [plain(value) for value in x] if isinstance(x, list) else x.item() if isinstance(x, np.generic) else x
 
 
 def load_checkpoint(args: "Args", state: "State", agent: "Agent", rb: ReplayBuffer, rng: dict, env: gym.Env) -> None:
@@ -914,15 +885,13 @@ def load_checkpoint(args: "Args", state: "State", agent: "Agent", rb: ReplayBuff
         raise UserError(f"{path} is missing: the run has not come to one, or it finished without --keep-replay")
     try:
         content = read_torch(path)
-        for name, part in {**vars(agent), "rb": rb}.items():
-            if hasattr(part, "load_state_dict"):
-                part.load_state_dict(content[name])
-        set_values(agent, content["agent"])
+        put_back(agent, *content["agent"])
+        rb.load_state_dict(content["rb"])
         for name, generator in rng.items():
             generator.set_state(content["rng"][name])
         set_globals(*content["globals"])
         env.unwrapped.np_random.bit_generator.state = content["env"]
-        set_values(state, content["state"])
+        put_back(state, *content["state"])
     except Exception as error:
         raise UserError(f"{path} is damaged or of another version: {first_line(error)}") from None
 

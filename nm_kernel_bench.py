@@ -178,7 +178,7 @@ def shorten(numbers: dict[str, float]) -> dict[str, float | None]:
 # --- shared: projection ---
 def project(W: torch.Tensor, n: int, m: int) -> torch.Tensor:
     """P_{N:M}: the mask E [out, in] (bool) of the n largest magnitudes in each m consecutive weights of a row of W."""
-    magnitude = F.pad(W.abs(), (0, -W.shape[1] % m), value=-1.0)  # fill a ragged last group with what never wins (D1)
+    magnitude = F.pad(W.abs(), (0, -W.shape[1] % m), value=-1.0)  # fill a ragged last group with what never wins
     order = magnitude.view(len(W), -1, m).argsort(dim=2, descending=True, stable=True)  # [out, groups, m]
     E = torch.zeros_like(order, dtype=torch.bool).scatter_(2, order[..., :n], True)
     return E.view(len(W), -1)[:, : W.shape[1]].contiguous()
@@ -1095,7 +1095,7 @@ def log_wandb(args: Args, job: str, out: Path, tables: dict[str, list[dict]], fi
 KERNELS = r"""
 #include <stdint.h>
 #include <string.h>
-#ifdef __SSE__
+#ifdef __AVX__
 #include <immintrin.h>
 #endif
 #if defined(__AVX512F__)  // W floats in a vector
@@ -1190,22 +1190,9 @@ APART void grad_weight(csr m, const float *dy, const float *x, float *dval, floa
 }
 // b = a^T: a [rows], a_stride apart, and b [cols], b_stride apart.
 static void transpose(const float *a, long a_stride, long rows, long cols, float *b, long b_stride) {
-    for (long top = 0; top < rows; top += 16)
-        for (long j = 0; j < cols; j += 4)
-            for (long i = top; i < top + 16 && i < rows; i += 4) {
-                const float *p = a + i * a_stride + j;
-                float *q = b + j * b_stride + i;
-#ifdef __SSE__
-                if (i + 4 <= rows && j + 4 <= cols) {
-                    __m128 r[4];
-                    for (int k = 0; k < 4; k++) r[k] = _mm_loadu_ps(p + k * a_stride);
-                    _MM_TRANSPOSE4_PS(r[0], r[1], r[2], r[3]);
-                    for (int k = 0; k < 4; k++) _mm_storeu_ps(q + k * b_stride, r[k]);
-                } else
-#endif
-                for (long m = 0; m < 4 && i + m < rows; m++)
-                    for (long n = 0; n < 4 && j + n < cols; n++) q[n * b_stride + m] = p[m * a_stride + n];
-            }
+    for (long top = 0; top < rows; top += 16)  // a cache line of b at a time
+        for (long j = 0; j < cols; j++)
+            for (long i = top; i < top + 16 && i < rows; i++) b[j * b_stride + i] = a[i * a_stride + j];
 }
 static long pack(const call *c, long at, long cols, float *tile) {  // returns the observations in the tile from `at` on
     const long n = c->batch - at < LANES ? c->batch - at : LANES;

@@ -68,7 +68,7 @@ class UserError(Exception):
 # --- shared: projection ---
 def project(W: torch.Tensor, n: int, m: int) -> torch.Tensor:
     """P_{N:M}: the mask E [out, in] (bool) of the n largest magnitudes in each m consecutive weights of a row of W."""
-    magnitude = F.pad(W.abs(), (0, -W.shape[1] % m), value=-1.0)  # fill a ragged last group with what never wins (D1)
+    magnitude = F.pad(W.abs(), (0, -W.shape[1] % m), value=-1.0)  # fill a ragged last group with what never wins
     order = magnitude.view(len(W), -1, m).argsort(dim=2, descending=True, stable=True)  # [out, groups, m]
     E = torch.zeros_like(order, dtype=torch.bool).scatter_(2, order[..., :n], True)
     return E.view(len(W), -1)[:, : W.shape[1]].contiguous()

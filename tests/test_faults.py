@@ -175,6 +175,7 @@ def test_wandb_never_costs_a_run(dense, cli, monkeypatch, tmp_path, mode):
     if mode is not None:  # what a bad key does depends on what this process did before
         assert ("warning: W&B" in err) == (mode == "nonsense")
         assert ("W&B is offline" in out) == (mode != "disabled")
+    assert os.environ.get("WANDB_MODE") == mode  # the next run in this process makes its own choice
 
 
 @pytest.mark.parametrize(("tags", "wanted"), [("paper,second try", {"paper", "second try"}), ("", set())])
@@ -189,7 +190,7 @@ def test_wandb_tags_of_the_user_are_added(rnm, cli, monkeypatch, tmp_path, tags,
     code, out, _ = cli(rnm, "--n", 1, "--m", 8, "--total-timesteps", 1)
     assert code == 0 and "W&B is offline" in out
     assert [set(run.tags) for run in runs] == [{"1of8", "rnm_td3_continuous"} | wanted]
-    assert runs[0].group == "Reach-v0"
+    assert runs[0].group == "Reach-v0" and os.environ["WANDB_TAGS"] == tags
 
 
 def test_a_lost_wandb_does_not_stop_a_run(dense, cli, monkeypatch):

@@ -397,15 +397,21 @@ def test_copies_have_an_index_of_their_own(forks):
 
 
 def test_what_agent_and_state_hold_survives_a_resume(forks, tmp_path, monkeypatch):
-    """A learned temperature with an optimizer of its own, a counter, a list; tensors in place."""
-    module = forks("unedited")
-    update_agent, make_agent = module.update_agent, module.Agent.__init__
+    """A learned temperature with an optimizer of its own, a counter, a list, numpy's kinds, a network in State."""
+    module, states = forks("unedited"), []
+    update_agent, make_agent, make_state = module.update_agent, module.Agent.__init__, module.State.__init__
 
     def init(agent, *args):
         make_agent(agent, *args)
         agent.log_alpha = nn.Parameter(torch.zeros(1))
         agent.alpha_optimizer = module.make_adam([agent.log_alpha], 0.01)
         agent.count, agent.history, agent.loss = 0, [0.0], torch.nn.functional.mse_loss
+
+    def init_state(state):
+        make_state(state)
+        state.average, state.sums, state.pair = nn.Linear(2, 1), np.zeros(2), (np.float32(0), 0)
+        nn.init.zeros_(state.average.weight)
+        states.append(state)
 
     def update(agent, *args):
         losses = update_agent(agent, *args)
@@ -414,10 +420,15 @@ def test_what_agent_and_state_hold_survives_a_resume(forks, tmp_path, monkeypatc
         agent.alpha_optimizer.step()
         agent.count += 1
         agent.history = [*agent.history[-3:], agent.log_alpha.item()]
-        last.append((agent.count, agent.history))
+        state = states[-1]
+        state.average.weight.data += 1
+        state.sums, state.pair = state.sums + 1, (state.pair[0] + 1, agent.count)
+        sums = state.average.weight.sum().item(), state.sums.tolist(), tuple(map(float, state.pair))
+        last.append((agent.count, agent.history, sums))
         return losses
 
     monkeypatch.setattr(module.Agent, "__init__", init)
+    monkeypatch.setattr(module.State, "__init__", init_state)
     monkeypatch.setattr(module, "update_agent", update)
     last, small = [], SMALL | {"n": 1, "m": 4}
     module.train(module.Args(**small, runs_dir=str(tmp_path / "whole")))
@@ -428,6 +439,7 @@ def test_what_agent_and_state_hold_survives_a_resume(forks, tmp_path, monkeypatc
     assert part["exit_reason"] == "sigterm" and last[-1][0] < whole[0]
     module.train(module.parse_args(["--resume", part["run_dir"]]))
     assert last[-1] == whole and whole[0] == 500 and whole[1][-1] > 0.5
+    assert whole[2] == (1000, [500, 500], (500, 500))
 
 
 def test_values_come_back_as_they_were(forks):
@@ -437,22 +449,25 @@ def test_values_come_back_as_they_were(forks):
     state.same, state.grown, state.exact, state.number = kept, torch.zeros(3), torch.zeros(2), torch.zeros(2)
     exact = torch.tensor([1 / 3, 0.1], dtype=torch.float64)
     values = {"same": torch.ones(2), "grown": torch.ones(1), "exact": exact, "number": 7}
-    module.set_values(state, values)
+    module.put_back(state, {}, values)
     assert state.same is kept and torch.equal(kept, torch.ones(2))
     assert state.grown.shape == (1,) and torch.equal(state.exact, exact) and state.number == 7
 
 
-def test_what_a_resume_can_not_read_is_said_at_the_start(forks, tmp_path, monkeypatch):
+def test_what_a_resume_can_not_read_is_said_by_the_checkpoint(forks, tmp_path, monkeypatch):
+    """At the first one that holds it; the one before it stays."""
     module = forks("unedited")
-    init = module.State.__init__
+    update_agent = module.update_agent
 
-    def wrong(state):
-        init(state)
-        state.table = np.zeros(3)
+    def update(agent, *args):
+        agent.place = tmp_path
+        return update_agent(agent, *args)
 
-    monkeypatch.setattr(module.State, "__init__", wrong)
+    monkeypatch.setattr(module, "update_agent", update)
     with pytest.raises(Exception, match="Weights only"):
-        module.train(module.Args(**SMALL, n=1, m=4, runs_dir=str(tmp_path)))
+        module.train(module.Args(**SMALL | {"checkpoint_interval": 100}, n=1, m=4, runs_dir=str(tmp_path)))
+    (path,) = tmp_path.glob("*/checkpoint.pt")
+    assert module.read_torch(path)["state"][1]["global_step"] == 0 and not list(tmp_path.glob("*/*.tmp"))
 
 
 def test_the_comparison_at_the_start_changes_nothing(forks, capsys):

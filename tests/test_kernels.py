@@ -194,6 +194,17 @@ def test_what_changes_between_forward_and_backward_raises(rnm):
     assert all(map(torch.equal, got, torch.autograd.grad(rnm.Chain.apply(chain, old, *params).sum(), params)))
 
 
+def test_an_optimizer_step_between_forward_and_backward_raises(rnm):
+    """As with any in-place change; torch's fused Adam does not say by itself that it made one."""
+    layer, x = torch.nn.Linear(3, 2), torch.randn(5, 3, requires_grad=True)
+    optimizer = rnm.make_adam(layer.parameters(), 0.1)
+    layer(x).sum().backward()
+    y = layer(x).sum()
+    optimizer.step()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
 def test_no_second_derivative(rnm):
     chain, params = simple_chain(rnm)
     x = torch.randn(70, 10, requires_grad=True)
