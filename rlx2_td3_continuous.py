@@ -368,14 +368,14 @@ class Agent:
             target = copy.deepcopy(net).requires_grad_(False)  # targets start as copies
             self.networks.append(Network(name, net, target))
             vars(self).update({name: net, "target_actor" if name == "actor" else f"{name}_target": target})
+        self.online_parameters = [param for net in self.networks for param in net.online.parameters()]
+        self.target_parameters = [param for net in self.networks for param in net.target.parameters()]
 
 
 @torch.no_grad()
 def update_targets(agent: Agent, tau: float) -> None:
-    """Polyak: target <- target + tau * (online - target)."""
-    for net in agent.networks:
-        for param, target in zip(net.online.parameters(), net.target.parameters(), strict=True):
-            target.lerp_(param, tau)
+    """Polyak, all networks at once: target <- target + tau * (online - target)."""
+    torch._foreach_lerp_(agent.target_parameters, agent.online_parameters, tau)
 
 
 class State:
@@ -1205,9 +1205,10 @@ def save_checkpoint(run: Run, state: "State", agent: "Agent", rb: ReplayBuffer, 
 
 
 def contents(thing) -> list[dict]:
-    """The state_dicts of what has one, and all else that an object holds, but for functions and Agent's `networks`."""
+    """The state_dicts of what has one; all else that an object holds but functions and the lists that Agent makes."""
     parts = {name: x.state_dict() for name, x in vars(thing).items() if hasattr(x, "state_dict")}
-    return [parts, {k: x for k, x in vars(thing).items() if not (k in parts or k == "networks" or callable(x))}]
+    made = {"networks", "online_parameters", "target_parameters"}
+    return [parts, {k: x for k, x in vars(thing).items() if not (k in parts or k in made or callable(x))}]
 
 
 def put_back(thing, parts: dict, values: dict) -> None:
