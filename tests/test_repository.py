@@ -199,7 +199,8 @@ def test_the_readme_s_numbers_are_those_of_the_results():
     names, speeds, ratios = read_table(README)
     measured = read_table(read("results/end_to_end/summary.md"))[1:]
     assert len(names) > 8 and set(zip(names[1:], speeds[1:], ratios[1:], strict=True)) < set(map(tuple, measured))
-    scores, times = (read_table(read("results/paper/summary.md"), number) for number in (0, 1))
+    cheetah = read("results/paper/summary.md").partition("## HalfCheetah-v5")[2]
+    scores, times = (read_table(cheetah, number) for number in (0, 1))
     labels, *said = (row[1:] for row in read_table(README, 1))
     assert labels == [cells[0] for cells in scores[1:6]] == [cells[0] for cells in times[1:6]]
     columns = [(scores, key) for key in ("active parameters", "final score iqm", "gain", "core minutes")]
