@@ -3,6 +3,7 @@
 import sys
 from types import SimpleNamespace
 
+import gymnasium as gym
 import numpy as np
 import pytest
 from conftest import ROOT
@@ -111,3 +112,13 @@ def test_the_page_has_the_table_of_its_runs(capsys):
     claims.main()
     table = capsys.readouterr().out
     assert table.count("\n") > 10 and table in (ROOT / "results/paper/README.md").read_text()
+
+
+def test_halfcheetah_v4_and_v5_are_one_task():
+    """So the dense runs here serve results/rlx2, and 60,000 steps of v4 can be set beside 1,000,000 of v5."""
+    envs = [gym.make(f"HalfCheetah-v{version}") for version in (4, 5)]
+    first = [env.reset(seed=1)[0] for env in envs]
+    assert np.array_equal(*first) and first[0].any()
+    for action in np.random.default_rng(1).uniform(-1, 1, (300, 6)).astype(np.float32):
+        (obs, reward, *ended, _), (obs_5, reward_5, *ended_5, _) = (env.step(action) for env in envs)
+        assert np.array_equal(obs, obs_5) and (reward, ended) == (reward_5, ended_5)
