@@ -1,0 +1,58 @@
+"""Whether RLx2's and MST's orders show in their runs: `python results/leads.py` prints a table for each page.
+
+The rule is that of rlx2/README.md and mst/README.md: of final scores paired by seed, three differences of one sign are
+a lead, anything else is open.
+"""
+
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import sad_analysis as sa  # noqa: E402
+
+SEEDS = 3
+SMALL = "dense, "  # labels are known by how they begin; "dense" alone is all of its label
+RIVALS = "RigL ", "SET ", "static "
+QUESTIONS = {  # folders, the page's first -> does the first of each pair return more?
+    ("rlx2", "paper"): [("RLx2 ", name) for name in RIVALS] + [(name, SMALL) for name in ("RLx2 ", *RIVALS)],
+    ("mst",): [("MST 60/60", name) for name in ("static/static ", "RigL/static ", "dense")],
+}
+
+
+def find(study, begin: str):
+    """The one configuration with such a label, or None."""
+    found = [c for c in study.configurations if c.label == begin or (begin != "dense" and c.label.startswith(begin))]
+    if len(found) > 1:
+        sys.exit(f"error: {study.name}: {' and '.join(c.label for c in found)} are told apart")
+    return found[0] if found else None
+
+
+def compare(study, first: str, second: str) -> list[str]:
+    """Cells: environment, the pair, its differences by seed and their mean, verdict."""
+    pair = [find(study, begin) for begin in (first, second)]
+    scores = [{run.args["seed"]: x for run, x in zip(c.runs, c.scores, strict=True)} if c else {} for c in pair]
+    gains = [scores[0][seed] - scores[1][seed] for seed in sorted(scores[0].keys() & scores[1].keys())]
+    verdict = f"open ({len(gains)} of {SEEDS} seeds)"
+    if len(gains) >= SEEDS:
+        verdict = "more" if min(gains) > 0 else "less" if max(gains) < 0 else "open"
+    names = " minus ".join(c.label if c else begin.strip(", ") for c, begin in zip(pair, (first, second), strict=True))
+    mean = f"{sum(gains) / len(gains):,.0f}" if gains else ""
+    return [study.setting["env_id"], names, ", ".join(f"{gain:,.0f}" for gain in gains), mean, verdict]
+
+
+def main() -> None:
+    for folders, pairs in QUESTIONS.items():
+        runs, bad = sa.load_all(sa.find_folders(tuple(str(HERE / folder) for folder in folders)))
+        studies, replaced = sa.make_studies(runs)
+        asked = [study for study in studies if find(study, pairs[0][0])]
+        header = ["environment", "scores", "by seed", "mean", "lead"]
+        print(f"\nresults/{folders[0]}\n")
+        for cells in [header, ["---"] * len(header)] + [compare(study, *pair) for study in asked for pair in pairs]:
+            print(f"| {' | '.join(cells)} |")
+        for name, reason in bad + replaced:
+            print(f"\nNot in the table: {name}: {reason}")
+
+
+if __name__ == "__main__":
+    main()
