@@ -14,9 +14,11 @@ import copy
 import csv
 import fcntl
 import hashlib
+import inspect
 import json
 import math
 import os
+import pickle
 import random
 import re
 import shutil
@@ -161,30 +163,33 @@ Network = namedtuple("Network", "name online target")
 
 
 class Agent:
-    """TD3's networks, also by their names (agent.qf1, agent.qf1_target, agent.target_actor), and two optimizers."""
+    """TD3's networks (agent.qf1, agent.qf1_target, ..., agent.actor, agent.target_actor) and two optimizers."""
 
-    def __init__(self, networks: dict[str, nn.Module], learning_rate: float):
-        critics = [param for name, net in networks.items() if name != "actor" for param in net.parameters()]
-        self.q_optimizer = make_adam(critics, learning_rate)
-        self.actor_optimizer = make_adam(networks["actor"].parameters(), learning_rate)
-        self.networks = []  # masks, Polyak averages, sizes, logged columns follow this list
-        for name, net in networks.items():
-            target = copy.deepcopy(net).requires_grad_(False)  # targets start as copies
-            self.networks.append(Network(name, net, target))
-            vars(self).update({name: net, "target_actor" if name == "actor" else f"{name}_target": target})
-        self.online_parameters = [param for net in self.networks for param in net.online.parameters()]
-        self.target_parameters = [param for net in self.networks for param in net.target.parameters()]
+    def __init__(self, networks: dict[str, nn.Module], **adam):
+        self.target_of = {name: "target_actor" if name == "actor" else f"{name}_target" for name in networks}
+        for name, net in networks.items():  # targets start as copies
+            vars(self).update({name: net, self.target_of[name]: copy.deepcopy(net).requires_grad_(False)})
+        critics = [net for name, net in networks.items() if not name.startswith("actor")]
+        self.q_optimizer = make_adam([param for net in critics for param in net.parameters()], **adam)
+        self.actor_optimizer = make_adam(self.actor.parameters(), **adam)
+
+    @property
+    def networks(self) -> list[Network]:
+        """Masks, Polyak averages, sizes, logged columns follow this list."""
+        return [Network(name, getattr(self, name), getattr(self, target)) for name, target in self.target_of.items()]
 
 
 @torch.no_grad()
 def update_targets(agent: Agent, tau: float) -> None:
-    """Polyak, all networks at once: target <- target + tau * (online - target)."""
-    torch._foreach_lerp_(agent.target_parameters, agent.online_parameters, tau)
+    """Polyak: target <- target + tau * (online - target)."""
+    for net in agent.networks:
+        for target, param in zip(net.target.parameters(), net.online.parameters(), strict=True):
+            target.lerp_(param, tau)
 
 
 class State:
-    """What survives a resume beside Agent, replay and generators. Whatever `train` must remember belongs here (numbers,
-    strings, tensors, arrays; lists and dicts of them; a network): a local variable starts anew at a resume."""
+    """What survives a resume beside Agent, replay, generators: numbers, strings, tensors, arrays, networks, optimizers
+    that are there from the start; lists, dicts of these. What `train` must remember goes here: locals start anew."""
 
     def __init__(self):
         self.global_step, self.update = 0, 0  # environment steps taken, critic updates done
@@ -257,13 +262,14 @@ def train(args: Args) -> dict:
     env = make_env(args.env_id)
     rng = make_generators(args.seed, args.device)
     seed_globals(draw_seeds(rng["init"], 1)[0])
-    agent = Agent(make_networks(args, env), args.learning_rate)
+    agent = Agent(make_networks(args, env), lr=args.learning_rate)
     stats = model_stats(agent) | {"kernel": "torch", "pattern": "dense"}
     rb = ReplayBuffer(args.buffer_size, transition_columns(env), args.device)
     eval_seeds = draw_seeds(rng["evaluation"], args.eval_episodes)
     low, high = action_bounds(env)  # [action_dim]
     exploration_scale = args.exploration_noise * (high - low) / 2
     env.reset(seed=draw_seeds(rng["env_reset"], 1)[0])  # once: later resets go on with the environment's own generator
+    env.action_space.seed(env.unwrapped.np_random_seed)  # for forks that call its sample()
     seed_globals(draw_seeds(rng["globals"], 1)[0])  # for what a fork draws with torch.rand, np.random or random
 
     state = State()
@@ -359,11 +365,13 @@ class ReplayBuffer:
         return self.Batch(*self.rows.index_select(0, index).to(self.device).split(self.widths, dim=1))
 
     def state_dict(self) -> dict:
-        return {"added": self.added, "rows": torch.from_numpy(self.array[: self.added])}  # without the empty part
+        mine = contents({name: x for name, x in vars(self).items() if name not in ("array", "Batch", "places")})
+        return mine | {"rows": torch.from_numpy(self.array[: self.added])}  # without the empty part
 
     def load_state_dict(self, state: dict) -> None:
-        self.added = state["added"]
-        self.rows[: len(state["rows"])] = state["rows"]
+        rows = state.pop("rows")
+        self.rows[: len(rows)] = rows
+        vars(self).update(put_back(vars(self), state))
 
 
 # --- end shared ---
@@ -552,7 +560,8 @@ def evaluate(actor: "Actor", env_id: str, seeds: list[int], step: int, videos: P
 
 
 def evaluate_run(args: "Args") -> int:
-    """--evaluate: the run's own evaluation episodes (further ones come from the same stream), filmed if asked for."""
+    """--evaluate: the run's own evaluation episodes (further ones come from the same stream), filmed if asked for. All
+    layers are torch's, whose rounding is not the kernels'."""
     torch.set_num_threads(args.threads)
     path, actor = Path(args.evaluate, "model.pt"), make_networks(args, make_env(args.env_id))["actor"]
     try:
@@ -570,9 +579,9 @@ def evaluate_run(args: "Args") -> int:
     return 0
 
 
-def make_adam(parameters, learning_rate: float) -> optim.Adam:
+def make_adam(parameters, **options) -> optim.Adam:
     """Adam in one fused call, which does not tell autograd that it changed the parameters: the hook does."""
-    optimizer = optim.Adam(parameters, lr=learning_rate, fused=True)
+    optimizer = optim.Adam(parameters, fused=True, **options)
 
     def changed(*_) -> None:
         for group in optimizer.param_groups:
@@ -847,36 +856,59 @@ def save_checkpoint(run: Run, state: "State", agent: "Agent", rb: ReplayBuffer, 
         write_files(run, state, agent, rb)
         os.fsync(run.csv.fileno())
         state.times, state.csv_bytes = run.times().tolist(), os.fstat(run.csv.fileno()).st_size
-        content = {"agent": contents(agent), "state": contents(state), "rb": rb.state_dict(), "globals": get_globals()}
+        content = {"agent": contents(vars(agent)), "state": contents(vars(state))}
+        content |= {"rb": rb.state_dict(), "globals": get_globals()}
         content |= {"rng": {name: generator.get_state() for name, generator in rng.items()}}
-        content |= {"env": env.unwrapped.np_random.bit_generator.state}
+        content |= {"env": [part.np_random.bit_generator.state for part in (env.unwrapped, env.action_space)]}
 
         def write(file) -> None:
             torch.save(content, file)
             file.flush()
-            read_torch(file.name)  # an error now if State or Agent holds what a resume could not read
+            try:
+                read_torch(file.name)
+            except pickle.UnpicklingError as error:
+                kind = re.search(r"GLOBAL (\S+)", str(error)) or ["", first_line(error)]
+                raise UserError(f"Agent, State or replay holds what no checkpoint can: {kind[1]}") from None
 
         write_atomic(run.dir / "checkpoint.pt", write)
         run.last_checkpoint = state.global_step
 
 
-def contents(thing) -> list[dict]:
-    """The state_dicts of what has one; all else that an object holds but functions and the lists that Agent makes."""
-    parts = {name: x.state_dict() for name, x in vars(thing).items() if hasattr(x, "state_dict")}
-    made = {"networks", "online_parameters", "target_parameters"}
-    return [parts, {k: x for k, x in vars(thing).items() if not (k in parts or k in made or callable(x))}]
+def contents(x):
+    """What `put_back` takes: of networks, optimizers and the like their state_dict and more, of functions nothing."""
+    if type(x) is dict:
+        return {name: contents(value) for name, value in x.items() if not inspect.isroutine(value)}
+    if type(x) is list:
+        return [contents(value) for value in x]
+    if not hasattr(x, "state_dict"):
+        return x
+    modules, params = (list(x.modules()), list(x.parameters())) if isinstance(x, nn.Module) else ([], [])
+    plain = [{name: y for name, y in vars(m).items() if isinstance(y, bool | int | float | str)} for m in modules]
+    return {"state_dict": x.state_dict(), "plain": plain, "trained": [param.requires_grad for param in params]}
 
 
-def put_back(thing, parts: dict, values: dict) -> None:
-    """Undo `contents`; a tensor in place if it fits, since an optimizer may hold it."""
-    for name in parts.keys() | {name for name, x in vars(thing).items() if hasattr(x, "load_state_dict")}:
-        getattr(thing, name).load_state_dict(parts[name])  # an error if it is on one side only
-    for name, value in values.items():
-        pair = [getattr(thing, name, None), value]
-        if all(isinstance(x, torch.Tensor) for x in pair) and len({(x.shape, x.dtype) for x in pair}) == 1:
-            pair[0].data.copy_(value)
-        else:
-            setattr(thing, name, value)
+def put_back(x, saved):
+    """What takes x's place: x itself with the old values if it is a network, an optimizer or a tensor with a gradient,
+    since others hold these."""
+    if hasattr(x, "load_state_dict"):
+        x.load_state_dict(saved["state_dict"])
+        for module, plain in zip(x.modules() if saved["plain"] else [], saved["plain"], strict=True):
+            vars(module).update(plain)
+        for param, trained in zip(x.parameters() if saved["plain"] else [], saved["trained"], strict=True):
+            param.requires_grad_(trained)
+        return x
+    if type(saved) is dict and "state_dict" in saved:
+        raise ValueError("State or Agent had a network or an optimizer that it has not from the start")
+    if type(saved) is dict:
+        return {name: put_back(x.get(name) if type(x) is dict else None, value) for name, value in saved.items()}
+    if type(saved) is list:
+        return [put_back(x[i] if type(x) is list and i < len(x) else None, value) for i, value in enumerate(saved)]
+    if isinstance(x, torch.Tensor) and isinstance(saved, torch.Tensor):
+        saved = saved.to(x.device)
+        if x.requires_grad and (x.shape, x.dtype) == (saved.shape, saved.dtype):
+            x.data.copy_(saved)
+            return x
+    return saved
 
 
 def load_checkpoint(args: "Args", state: "State", agent: "Agent", rb: ReplayBuffer, rng: dict, env: gym.Env) -> None:
@@ -886,13 +918,14 @@ def load_checkpoint(args: "Args", state: "State", agent: "Agent", rb: ReplayBuff
         raise UserError(f"{path} is missing: the run has not come to one, or it finished without --keep-replay")
     try:
         content = read_torch(path)
-        put_back(agent, *content["agent"])
+        vars(agent).update(put_back(vars(agent), content["agent"]))
         rb.load_state_dict(content["rb"])
         for name, generator in rng.items():
             generator.set_state(content["rng"][name])
         set_globals(*content["globals"])
-        env.unwrapped.np_random.bit_generator.state = content["env"]
-        put_back(state, *content["state"])
+        for part, values in zip((env.unwrapped, env.action_space), content["env"], strict=True):
+            part.np_random.bit_generator.state = values
+        vars(state).update(put_back(vars(state), content["state"]))
     except Exception as error:
         raise UserError(f"{path} is damaged or of another version: {first_line(error)}") from None
 
@@ -932,7 +965,7 @@ def hardware_report(run: Run, env: gym.Env, rb: ReplayBuffer, agent: "Agent", se
     args, rng, report = run.args, make_generators(0, run.args.device), {}
     data, every = rb.sample(args.batch_size, rng["replay"]), range(1, min(args.policy_frequency, 10) + 1)
     obs = data.observations[0].cpu().numpy()
-    agents = {"": agent, "_dense": Agent(make_networks(args, env), args.learning_rate)}
+    agents = {"": agent, "_dense": Agent(make_networks(args, env), lr=args.learning_rate)}
     for name, calls in (("actor", 1), ("critic_update", 1), ("update", len(every))):
         for suffix, agent in agents.items():
             call = {

@@ -46,6 +46,7 @@ import inspect
 import json
 import math
 import os
+import pickle
 import random
 import re
 import shlex
@@ -226,7 +227,7 @@ def sparsify(networks: dict[str, nn.Module], args: Args) -> dict[str, nn.Module]
 
 def drop_fractions(args: Args, update: int) -> dict[str, float]:
     """zeta, the share of its weights that the topology of "critics" and "actor" drops at the critics' update number
-    `update`, by a cosine from drop_fraction to 0; a network that does not change is not in it."""
+    `update` (one a step), by a cosine from drop_fraction to 0; a network that does not change is not in it."""
     d, last, Delta = args.policy_frequency, args.total_timesteps - args.learning_starts, args.mask_update_interval
     own = {} if args.topology == "static" else {"critics": (update, last)}
     own |= {} if update % d or not own else {"actor": (update // d, last // d)}  # R2
@@ -278,36 +279,32 @@ def dense_gradients(networks: list["Network"]):
 
 
 @torch.no_grad()
-def change_topology(agent: "Agent", networks: list["Network"], gradients: dict, drop: float, regime: str, rule) -> None:
+def change_topology(optimizer, networks: list["Network"], gradients: dict, drop: float, regime: str, rule) -> None:
     """In each layer drop the share `drop` of the active weights and grow as many: where the loss has the largest
     gradients (rigl) or anywhere (set). The optimizer's moments and the target's weights go along."""
-    optimizers = [part for part in vars(agent).values() if isinstance(part, optim.Optimizer)]
     for net in networks:
         for name, layer in sparse_layers(net.online).items():
             target = sparse_layers(net.target)[name]
-            if not torch.equal(layer.positions, target.positions):
-                raise ValueError(f"{net.name}.{name}: its target has another topology")
             if (gradient := gradients[layer].grad) is None:
-                raise ValueError(
-                    f"{net.name}.{name}: this loss has no gradient for it, or it hides its sparse_weight()"
-                )
+                raise ValueError(f"{net.name}.{name} has no gradient: not in the loss, or sparse_weight() is hidden")
+            if all(layer.active_weights is not x for group in optimizer.param_groups for x in group["params"]):
+                raise ValueError(f"{net.name}.{name} is not trained by the optimizer that takes this step")
             score = gradient.abs() if regime == "rigl" else torch.rand(layer.shape).to(gradient)
             places = rule(layer, score, drop)
-            packed = [layer.active_weights, target.active_weights]  # each [kept]
-            for state in (optimizer.state.get(layer.active_weights, {}) for optimizer in optimizers):
-                packed += [state[key] for key in state.keys() - {"step"}]  # Adam's two moments
-            for values in packed:  # zero where inactive before; what returns has its value and moments
+            moments = optimizer.state.get(layer.active_weights, {})
+            packed = [layer.active_weights, target.active_weights, *(moments[key] for key in moments.keys() - {"step"})]
+            for values in packed:  # each [kept]; zero where inactive before; what returns has its value and moments
                 values.copy_(values.new_zeros(layer.shape).put_(layer.positions, values).take(places))
             layer.positions.copy_(places)
             target.positions.copy_(places)
 
 
-def step_or_change(agent: "Agent", optimizer, networks, gradients: dict, drop, regime: str, rule=drop_and_grow) -> None:
+def step_or_change(optimizer, networks, gradients: dict, drop, regime: str, rule=drop_and_grow) -> None:
     """The optimizer's step, or a change of the topology by a rule in its place, if there is one to change."""
     if drop is None or not gradients:
         optimizer.step()
     else:
-        change_topology(agent, networks, gradients, drop, regime, rule)
+        change_topology(optimizer, networks, gradients, drop, regime, rule)
 
 
 # --- end shared ---
@@ -357,30 +354,33 @@ Network = namedtuple("Network", "name online target")
 
 
 class Agent:
-    """TD3's networks, also by their names (agent.qf1, agent.qf1_target, agent.target_actor), and two optimizers."""
+    """TD3's networks (agent.qf1, agent.qf1_target, ..., agent.actor, agent.target_actor) and two optimizers."""
 
-    def __init__(self, networks: dict[str, nn.Module], learning_rate: float):
-        critics = [param for name, net in networks.items() if name != "actor" for param in net.parameters()]
-        self.q_optimizer = make_adam(critics, learning_rate)
-        self.actor_optimizer = make_adam(networks["actor"].parameters(), learning_rate)
-        self.networks = []  # masks, Polyak averages, sizes, logged columns follow this list
-        for name, net in networks.items():
-            target = copy.deepcopy(net).requires_grad_(False)  # targets start as copies
-            self.networks.append(Network(name, net, target))
-            vars(self).update({name: net, "target_actor" if name == "actor" else f"{name}_target": target})
-        self.online_parameters = [param for net in self.networks for param in net.online.parameters()]
-        self.target_parameters = [param for net in self.networks for param in net.target.parameters()]
+    def __init__(self, networks: dict[str, nn.Module], **adam):
+        self.target_of = {name: "target_actor" if name == "actor" else f"{name}_target" for name in networks}
+        for name, net in networks.items():  # targets start as copies
+            vars(self).update({name: net, self.target_of[name]: copy.deepcopy(net).requires_grad_(False)})
+        critics = [net for name, net in networks.items() if not name.startswith("actor")]
+        self.q_optimizer = make_adam([param for net in critics for param in net.parameters()], **adam)
+        self.actor_optimizer = make_adam(self.actor.parameters(), **adam)
+
+    @property
+    def networks(self) -> list[Network]:
+        """Masks, Polyak averages, sizes, logged columns follow this list."""
+        return [Network(name, getattr(self, name), getattr(self, target)) for name, target in self.target_of.items()]
 
 
 @torch.no_grad()
 def update_targets(agent: Agent, tau: float) -> None:
-    """Polyak, all networks at once: target <- target + tau * (online - target)."""
-    torch._foreach_lerp_(agent.target_parameters, agent.online_parameters, tau)
+    """Polyak: target <- target + tau * (online - target)."""
+    for net in agent.networks:
+        for target, param in zip(net.target.parameters(), net.online.parameters(), strict=True):
+            target.lerp_(param, tau)
 
 
 class State:
-    """What survives a resume beside Agent, replay and generators. Whatever `train` must remember belongs here (numbers,
-    strings, tensors, arrays; lists and dicts of them; a network): a local variable starts anew at a resume."""
+    """What survives a resume beside Agent, replay, generators: numbers, strings, tensors, arrays, networks, optimizers
+    that are there from the start; lists, dicts of these. What `train` must remember goes here: locals start anew."""
 
     def __init__(self):
         self.global_step, self.update = 0, 0  # environment steps taken, critic updates done
@@ -413,7 +413,7 @@ def update_critics(agent: Agent, data, args: Args, generator: torch.Generator, d
         qf_loss = qf1_loss + qf2_loss
         agent.q_optimizer.zero_grad()
         qf_loss.backward()
-    step_or_change(agent, agent.q_optimizer, critics, gradients, drop, args.topology)
+    step_or_change(agent.q_optimizer, critics, gradients, drop, args.topology)
     return {
         "losses/qf1_values": qf1_a_values.detach(),
         "losses/qf2_values": qf2_a_values.detach(),
@@ -433,7 +433,7 @@ def update_actor(agent: Agent, data, args: Args, drop: float | None = None) -> d
         actor_loss = -agent.qf1(data.observations, agent.actor(data.observations)).mean()
         agent.actor_optimizer.zero_grad()
         actor_loss.backward()
-    step_or_change(agent, agent.actor_optimizer, actors, gradients, drop, args.topology)
+    step_or_change(agent.actor_optimizer, actors, gradients, drop, args.topology)
     for param in critics:
         param.requires_grad_(True)
     return {"losses/actor_loss": actor_loss.detach()}
@@ -468,7 +468,7 @@ def train(args: Args) -> dict:
     env = make_env(args.env_id)
     rng = make_generators(args.seed, args.device)
     seed_globals(draw_seeds(rng["init"], 1)[0])
-    agent = Agent(sparsify(make_networks(args, env), args), args.learning_rate)
+    agent = Agent(sparsify(make_networks(args, env), args), lr=args.learning_rate)
     width = equal_width(agent, args, env)
     stats = model_stats(agent) | {"kernel": use_kernel(args, agent, env), "pattern": pattern(args)}
     columns = transition_columns(env) | {"truncations": 1, "policy_actions": env.action_space.shape[0]}
@@ -477,6 +477,7 @@ def train(args: Args) -> dict:
     low, high = action_bounds(env)  # [action_dim]
     exploration_scale = args.exploration_noise * (high - low) / 2
     env.reset(seed=draw_seeds(rng["env_reset"], 1)[0])  # once: later resets go on with the environment's own generator
+    env.action_space.seed(env.unwrapped.np_random_seed)  # for forks that call its sample()
     seed_globals(draw_seeds(rng["globals"], 1)[0])  # for what a fork draws with torch.rand, np.random or random
 
     state, first_masks = State(), get_masks(agent)
@@ -618,9 +619,13 @@ def sparse_layers(net: nn.Module) -> dict[str, SparseLinear]:
 
 
 def get_masks(agent: "Agent") -> dict[str, torch.Tensor]:
-    """E of each sparse layer on the CPU, by '<net>.<layer>'; a target has its online network's masks."""
-    layers = [(f"{net.name}.{name}", x) for net in agent.networks for name, x in sparse_layers(net.online).items()]
-    return {name: layer.E.cpu() for name, layer in layers}
+    """E of each sparse layer on the CPU, by '<net>.<layer>'. Raises ValueError if a target has other masks."""
+    nets = [[(net.name, net.online) for net in agent.networks], [(net.name, net.target) for net in agent.networks]]
+    online, target = ({f"{a}.{b}": x.E.cpu() for a, net in own for b, x in sparse_layers(net).items()} for own in nets)
+    for name, E in online.items():
+        if not torch.equal(E, target[name]):
+            raise ValueError(f"{name}: its target has another mask")
+    return online
 
 
 def plain_state(net: nn.Module) -> dict[str, torch.Tensor]:
@@ -692,8 +697,6 @@ class ReplayBuffer:
         index = (start + torch.arange(n)) % self.size  # [B, n], never across the newest row
         window = self.rows.index_select(0, index.view(-1)).to(self.device).view(batch_size, n, -1)
         rows = self.Rows(*window.split(self.widths, dim=2))  # each [B, n, width]
-        if n == 1:
-            return self.Batch(*(x[:, 0] for x in rows[:5]), torch.full_like(rows.rewards[:, 0], self.gamma))
         going = (1 - torch.maximum(rows.dones, rows.truncations)[:, :-1, 0]).cumprod(1)  # [B, n - 1]: 1, then 0
         length = 1 + going.sum(1)  # [B]
         discounted = going * rows.rewards[:, 1:, 0] * self.gamma ** torch.arange(1, n, device=self.device)
@@ -703,12 +706,13 @@ class ReplayBuffer:
         return self.Batch(*first, last.next_observations, rewards, last.dones, self.gamma ** length[:, None])
 
     def state_dict(self) -> dict:
-        rows = torch.from_numpy(self.array[: self.added])  # without the empty part
-        return {"added": self.added, "oldest": self.oldest, "rows": rows}
+        mine = contents({name: x for name, x in vars(self).items() if name not in ("array", "Rows", "Batch", "places")})
+        return mine | {"rows": torch.from_numpy(self.array[: self.added])}  # without the empty part
 
     def load_state_dict(self, state: dict) -> None:
-        self.added, self.oldest = state["added"], state["oldest"]
-        self.rows[: len(state["rows"])] = state["rows"]
+        rows = state.pop("rows")
+        self.rows[: len(rows)] = rows
+        vars(self).update(put_back(vars(self), state))
 
 
 # --- shared: score ---
@@ -896,7 +900,8 @@ def evaluate(actor: "Actor", env_id: str, seeds: list[int], step: int, videos: P
 
 
 def evaluate_run(args: "Args") -> int:
-    """--evaluate: the run's own evaluation episodes (further ones come from the same stream), filmed if asked for."""
+    """--evaluate: the run's own evaluation episodes (further ones come from the same stream), filmed if asked for. All
+    layers are torch's, whose rounding is not the kernels'."""
     torch.set_num_threads(args.threads)
     path, actor = Path(args.evaluate, "model.pt"), make_networks(args, make_env(args.env_id))["actor"]
     try:
@@ -914,9 +919,9 @@ def evaluate_run(args: "Args") -> int:
     return 0
 
 
-def make_adam(parameters, learning_rate: float) -> optim.Adam:
+def make_adam(parameters, **options) -> optim.Adam:
     """Adam in one fused call, which does not tell autograd that it changed the parameters: the hook does."""
-    optimizer = optim.Adam(parameters, lr=learning_rate, fused=True)
+    optimizer = optim.Adam(parameters, fused=True, **options)
 
     def changed(*_) -> None:
         for group in optimizer.param_groups:
@@ -1191,36 +1196,59 @@ def save_checkpoint(run: Run, state: "State", agent: "Agent", rb: ReplayBuffer, 
         write_files(run, state, agent, rb)
         os.fsync(run.csv.fileno())
         state.times, state.csv_bytes = run.times().tolist(), os.fstat(run.csv.fileno()).st_size
-        content = {"agent": contents(agent), "state": contents(state), "rb": rb.state_dict(), "globals": get_globals()}
+        content = {"agent": contents(vars(agent)), "state": contents(vars(state))}
+        content |= {"rb": rb.state_dict(), "globals": get_globals()}
         content |= {"rng": {name: generator.get_state() for name, generator in rng.items()}}
-        content |= {"env": env.unwrapped.np_random.bit_generator.state}
+        content |= {"env": [part.np_random.bit_generator.state for part in (env.unwrapped, env.action_space)]}
 
         def write(file) -> None:
             torch.save(content, file)
             file.flush()
-            read_torch(file.name)  # an error now if State or Agent holds what a resume could not read
+            try:
+                read_torch(file.name)
+            except pickle.UnpicklingError as error:
+                kind = re.search(r"GLOBAL (\S+)", str(error)) or ["", first_line(error)]
+                raise UserError(f"Agent, State or replay holds what no checkpoint can: {kind[1]}") from None
 
         write_atomic(run.dir / "checkpoint.pt", write)
         run.last_checkpoint = state.global_step
 
 
-def contents(thing) -> list[dict]:
-    """The state_dicts of what has one; all else that an object holds but functions and the lists that Agent makes."""
-    parts = {name: x.state_dict() for name, x in vars(thing).items() if hasattr(x, "state_dict")}
-    made = {"networks", "online_parameters", "target_parameters"}
-    return [parts, {k: x for k, x in vars(thing).items() if not (k in parts or k in made or callable(x))}]
+def contents(x):
+    """What `put_back` takes: of networks, optimizers and the like their state_dict and more, of functions nothing."""
+    if type(x) is dict:
+        return {name: contents(value) for name, value in x.items() if not inspect.isroutine(value)}
+    if type(x) is list:
+        return [contents(value) for value in x]
+    if not hasattr(x, "state_dict"):
+        return x
+    modules, params = (list(x.modules()), list(x.parameters())) if isinstance(x, nn.Module) else ([], [])
+    plain = [{name: y for name, y in vars(m).items() if isinstance(y, bool | int | float | str)} for m in modules]
+    return {"state_dict": x.state_dict(), "plain": plain, "trained": [param.requires_grad for param in params]}
 
 
-def put_back(thing, parts: dict, values: dict) -> None:
-    """Undo `contents`; a tensor in place if it fits, since an optimizer may hold it."""
-    for name in parts.keys() | {name for name, x in vars(thing).items() if hasattr(x, "load_state_dict")}:
-        getattr(thing, name).load_state_dict(parts[name])  # an error if it is on one side only
-    for name, value in values.items():
-        pair = [getattr(thing, name, None), value]
-        if all(isinstance(x, torch.Tensor) for x in pair) and len({(x.shape, x.dtype) for x in pair}) == 1:
-            pair[0].data.copy_(value)
-        else:
-            setattr(thing, name, value)
+def put_back(x, saved):
+    """What takes x's place: x itself with the old values if it is a network, an optimizer or a tensor with a gradient,
+    since others hold these."""
+    if hasattr(x, "load_state_dict"):
+        x.load_state_dict(saved["state_dict"])
+        for module, plain in zip(x.modules() if saved["plain"] else [], saved["plain"], strict=True):
+            vars(module).update(plain)
+        for param, trained in zip(x.parameters() if saved["plain"] else [], saved["trained"], strict=True):
+            param.requires_grad_(trained)
+        return x
+    if type(saved) is dict and "state_dict" in saved:
+        raise ValueError("State or Agent had a network or an optimizer that it has not from the start")
+    if type(saved) is dict:
+        return {name: put_back(x.get(name) if type(x) is dict else None, value) for name, value in saved.items()}
+    if type(saved) is list:
+        return [put_back(x[i] if type(x) is list and i < len(x) else None, value) for i, value in enumerate(saved)]
+    if isinstance(x, torch.Tensor) and isinstance(saved, torch.Tensor):
+        saved = saved.to(x.device)
+        if x.requires_grad and (x.shape, x.dtype) == (saved.shape, saved.dtype):
+            x.data.copy_(saved)
+            return x
+    return saved
 
 
 def load_checkpoint(args: "Args", state: "State", agent: "Agent", rb: ReplayBuffer, rng: dict, env: gym.Env) -> None:
@@ -1230,13 +1258,14 @@ def load_checkpoint(args: "Args", state: "State", agent: "Agent", rb: ReplayBuff
         raise UserError(f"{path} is missing: the run has not come to one, or it finished without --keep-replay")
     try:
         content = read_torch(path)
-        put_back(agent, *content["agent"])
+        vars(agent).update(put_back(vars(agent), content["agent"]))
         rb.load_state_dict(content["rb"])
         for name, generator in rng.items():
             generator.set_state(content["rng"][name])
         set_globals(*content["globals"])
-        env.unwrapped.np_random.bit_generator.state = content["env"]
-        put_back(state, *content["state"])
+        for part, values in zip((env.unwrapped, env.action_space), content["env"], strict=True):
+            part.np_random.bit_generator.state = values
+        vars(state).update(put_back(vars(state), content["state"]))
     except Exception as error:
         raise UserError(f"{path} is damaged or of another version: {first_line(error)}") from None
 
@@ -1276,7 +1305,7 @@ def hardware_report(run: Run, env: gym.Env, rb: ReplayBuffer, agent: "Agent", se
     args, rng, report = run.args, make_generators(0, run.args.device), {}
     data, every = rb.sample(args.batch_size, rng["replay"]), range(1, min(args.policy_frequency, 10) + 1)
     obs = data.observations[0].cpu().numpy()
-    agents = {"": agent, "_dense": Agent(make_networks(args, env), args.learning_rate)}
+    agents = {"": agent, "_dense": Agent(make_networks(args, env), lr=args.learning_rate)}
     for name, calls in (("actor", 1), ("critic_update", 1), ("update", len(every))):
         for suffix, agent in agents.items():
             call = {
@@ -1570,6 +1599,7 @@ def run_chain(modules: list[nn.Module], x: torch.Tensor) -> tuple[torch.Tensor, 
     A dense head rides along in a chain: torch needs longer to call it than the kernels to compute it.
     """
     chain, params, at, known = (), [], 0, x.dim() == 2 and x.dtype is torch.float32 and x.is_cpu
+    known = known and not torch.is_autocast_enabled("cpu")
     while known and at < len(modules):
         layer, sparse = modules[at], is_plain(modules[at], FusedLinear)
         if not sparse and not (chain and is_plain(layer, nn.Linear) and layer.out_features <= 32):
@@ -1578,6 +1608,8 @@ def run_chain(modules: list[nn.Module], x: torch.Tensor) -> tuple[torch.Tensor, 
         positions = layer._buffers["positions"] if sparse else weights
         made_for, version, index = INDEXES.get(layer, (None, None, None))
         if made_for is not positions or version != sparse * positions._version:
+            if sparse and (positions.diff() <= 0).any():
+                raise ValueError("positions must ascend, as active_weights are stored row after row")
             index = Index(layer.E if sparse else torch.ones_like(weights, dtype=torch.bool))
             INDEXES[layer] = positions, sparse * positions._version, index
         sizes_fit = bias is not None and (weights.numel(), bias.numel()) == (index.nnz, index.rows)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from conftest import ROOT, SMALL, stop_at
+from conftest import ROOT
 
 SOURCE = (ROOT / "rnm_td3_continuous.py").read_text()
 CRITIC = '"fc1": nn.Linear(obs_dim + action_dim, hidden_dim), "relu1": nn.ReLU()}'
@@ -143,7 +143,7 @@ def updated(module, kernel: str, n=1, m=4, updates=20) -> dict[str, torch.Tensor
     env, rng = module.make_env(args.env_id), module.make_generators(3, "cpu")
     torch.manual_seed(1)
     networks = module.sparsify(module.make_networks(args, env), args)
-    agent = module.Agent(networks, args.learning_rate)
+    agent = module.Agent(networks, lr=args.learning_rate)
     assert module.use_kernel(args, agent, env) == kernel
     rb, data = module.ReplayBuffer(500, module.transition_columns(env), "cpu"), np.random.default_rng(0)
     for _ in range(500):
@@ -355,7 +355,7 @@ def test_masks_that_would_go_astray_are_an_error(forks, fault):
     module = forks("unedited")
     args = module.Args(env_id="Reach-v0", n=1, m=4, hidden_dim=16, kernel="torch")
     networks = module.make_networks(args, module.make_env(args.env_id))
-    agent = module.Agent(module.sparsify(networks, args), args.learning_rate)
+    agent = module.Agent(module.sparsify(networks, args), lr=args.learning_rate)
     module.refresh_masks(agent)
     if fault == "target":
         agent.qf1_target.net.fc2.set_mask(agent.qf1.net.fc2.E.roll(1, 1))
@@ -364,7 +364,7 @@ def test_masks_that_would_go_astray_are_an_error(forks, fault):
     with pytest.raises(
         ValueError, match="two layers of one name" if fault == "name" else "its target has another mask"
     ):
-        module.refresh_masks(agent)
+        module.get_masks(agent)  # before each refresh
 
 
 def test_copies_have_an_index_of_their_own(forks):
@@ -373,7 +373,7 @@ def test_copies_have_an_index_of_their_own(forks):
     args = module.Args(env_id="Reach-v0", n=1, m=4, hidden_dim=32, kernel="nm")
     env = module.make_env(args.env_id)
     networks = module.sparsify(module.make_networks(args, env), args)
-    agent = module.Agent(networks, args.learning_rate)
+    agent = module.Agent(networks, lr=args.learning_rate)
     assert module.use_kernel(args, agent, env) == "nm"
     obs, copies = torch.randn(8, 3), []
     for _ in range(4):
@@ -394,80 +394,6 @@ def test_copies_have_an_index_of_their_own(forks):
             x = x if name == "fc_mu" else x.relu()
         x = torch.tanh(x) * policy.action_scale + policy.action_bias
         assert torch.allclose(policy(obs), x, atol=1e-5)
-
-
-def test_what_agent_and_state_hold_survives_a_resume(forks, tmp_path, monkeypatch):
-    """A learned temperature with an optimizer of its own, a counter, a list, numpy's kinds, a network in State."""
-    module, states = forks("unedited"), []
-    update_agent, make_agent, make_state = module.update_agent, module.Agent.__init__, module.State.__init__
-
-    def init(agent, *args):
-        make_agent(agent, *args)
-        agent.log_alpha = nn.Parameter(torch.zeros(1))
-        agent.alpha_optimizer = module.make_adam([agent.log_alpha], 0.01)
-        agent.count, agent.history, agent.loss = 0, [0.0], torch.nn.functional.mse_loss
-
-    def init_state(state):
-        make_state(state)
-        state.average, state.sums, state.pair = nn.Linear(2, 1), np.zeros(2), (np.float32(0), 0)
-        nn.init.zeros_(state.average.weight)
-        states.append(state)
-
-    def update(agent, *args):
-        losses = update_agent(agent, *args)
-        agent.alpha_optimizer.zero_grad()
-        ((agent.log_alpha - 1) ** 2).sum().backward()
-        agent.alpha_optimizer.step()
-        agent.count += 1
-        agent.history = [*agent.history[-3:], agent.log_alpha.item()]
-        state = states[-1]
-        state.average.weight.data += 1
-        state.sums, state.pair = state.sums + 1, (state.pair[0] + 1, agent.count)
-        sums = state.average.weight.sum().item(), state.sums.tolist(), tuple(map(float, state.pair))
-        last.append((agent.count, agent.history, sums))
-        return losses
-
-    monkeypatch.setattr(module.Agent, "__init__", init)
-    monkeypatch.setattr(module.State, "__init__", init_state)
-    monkeypatch.setattr(module, "update_agent", update)
-    last, small = [], SMALL | {"n": 1, "m": 4}
-    module.train(module.Args(**small, runs_dir=str(tmp_path / "whole")))
-    whole, last[:] = last[-1], []
-    with monkeypatch.context() as patch:
-        stop_at(patch, module, 300)
-        part = module.train(module.Args(**small, runs_dir=str(tmp_path / "part")))
-    assert part["exit_reason"] == "sigterm" and last[-1][0] < whole[0]
-    module.train(module.parse_args(["--resume", part["run_dir"]]))
-    assert last[-1] == whole and whole[0] == 500 and whole[1][-1] > 0.5
-    assert whole[2] == (1000, [500, 500], (500, 500))
-
-
-def test_values_come_back_as_they_were(forks):
-    """In place where the tensor fits; one that has grown, another type or kind is taken as it is, never broadcast."""
-    module = forks("unedited")
-    state, kept = module.State(), torch.zeros(2)
-    state.same, state.grown, state.exact, state.number = kept, torch.zeros(3), torch.zeros(2), torch.zeros(2)
-    exact = torch.tensor([1 / 3, 0.1], dtype=torch.float64)
-    values = {"same": torch.ones(2), "grown": torch.ones(1), "exact": exact, "number": 7}
-    module.put_back(state, {}, values)
-    assert state.same is kept and torch.equal(kept, torch.ones(2))
-    assert state.grown.shape == (1,) and torch.equal(state.exact, exact) and state.number == 7
-
-
-def test_what_a_resume_can_not_read_is_said_by_the_checkpoint(forks, tmp_path, monkeypatch):
-    """At the first one that holds it; the one before it stays."""
-    module = forks("unedited")
-    update_agent = module.update_agent
-
-    def update(agent, *args):
-        agent.place = tmp_path
-        return update_agent(agent, *args)
-
-    monkeypatch.setattr(module, "update_agent", update)
-    with pytest.raises(Exception, match="Weights only"):
-        module.train(module.Args(**SMALL | {"checkpoint_interval": 100}, n=1, m=4, runs_dir=str(tmp_path)))
-    (path,) = tmp_path.glob("*/checkpoint.pt")
-    assert module.read_torch(path)["state"][1]["global_step"] == 0 and not list(tmp_path.glob("*/*.tmp"))
 
 
 def test_the_comparison_at_the_start_changes_nothing(forks, capsys):
@@ -491,7 +417,7 @@ def test_the_comparison_at_the_start_changes_nothing(forks, capsys):
             return super().forward(x, a) * taus
 
     networks |= {"actor": Told(env, 32), "qf2": Three(env, 32)}
-    agent = module.Agent(module.sparsify(networks, args), args.learning_rate)
+    agent = module.Agent(module.sparsify(networks, args), lr=args.learning_rate)
     assert module.use_kernel(args, agent, env) == "nm"
     assert agent.qf1.net.norm.num_batches_tracked == 0 and not agent.qf1.net.norm.running_mean.any()
     err = capsys.readouterr().err

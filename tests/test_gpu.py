@@ -30,7 +30,7 @@ def test_updates_are_those_of_the_cpu(script, small):
         env = script.make_env(args.env_id)
         torch.manual_seed(0)
         networks = script.make_networks(args, env)
-        agents[device] = agent = script.Agent(getattr(script, "sparsify", lambda x, _: x)(networks, args), 1e-3)
+        agents[device] = agent = script.Agent(getattr(script, "sparsify", lambda x, _: x)(networks, args), lr=1e-3)
         widths = script.transition_columns(env)
         if hasattr(script, "shrink_replay"):
             widths |= {"truncations": 1, "policy_actions": 2}

@@ -197,7 +197,7 @@ def test_what_changes_between_forward_and_backward_raises(rnm):
 def test_an_optimizer_step_between_forward_and_backward_raises(rnm):
     """As with any in-place change; torch's fused Adam does not say by itself that it made one."""
     layer, x = torch.nn.Linear(3, 2), torch.randn(5, 3, requires_grad=True)
-    optimizer = rnm.make_adam(layer.parameters(), 0.1)
+    optimizer = rnm.make_adam(layer.parameters(), lr=0.1)
     layer(x).sum().backward()
     y = layer(x).sum()
     optimizer.step()

@@ -122,7 +122,7 @@ def make_agent(script, **changes):
     networks = script.make_networks(args, env)
     if hasattr(script, "sparsify"):
         networks = script.sparsify(networks, args)
-    agent = script.Agent(networks, args.learning_rate)
+    agent = script.Agent(networks, lr=args.learning_rate)
     rb = script.ReplayBuffer(1000, script.transition_columns(env), "cpu")
     rng = script.make_generators(0, "cpu")
     obs, _ = env.reset(seed=0)
@@ -339,7 +339,7 @@ def test_twenty_updates_are_those_of_the_first_version(twin):
             param.data.copy_(torch.from_numpy(data[f"before.{name}.{key}"]))
     if hasattr(twin, "sparsify"):
         networks = twin.sparsify(networks, args)
-    agent = twin.Agent(networks, args.learning_rate)
+    agent = twin.Agent(networks, lr=args.learning_rate)
     rb, random = twin.ReplayBuffer(400, twin.transition_columns(env), "cpu"), np.random.default_rng(0)
     for _ in range(400):
         obs, next_obs = random.normal(size=(2, 3))

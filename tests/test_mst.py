@@ -22,7 +22,7 @@ def agent_of(mst, obs_dim=11, action_dim=3, seed=0, **options):
     args = mst.Args(**({"actor_hidden_dim": 8, "critic_hidden_dim": 16, "batch_size": 32} | options))
     torch.manual_seed(seed)
     env = spaces(obs_dim, action_dim)
-    agent = mst.Agent(mst.sparsify(mst.make_networks(args, env), args), args.learning_rate)
+    agent = mst.Agent(mst.sparsify(mst.make_networks(args, env), args), lr=args.learning_rate)
     for net in agent.networks:
         net.target.norm = agent.actor.norm
     return agent, args

@@ -54,7 +54,7 @@ def fork(tmp_path):
 def test_a_fork_that_kernels_would_miss_is_refused(fork):
     module = fork("layer's weight")
     args, env = module.Args(**OPTIONS), spaces(11, 3)
-    agent = module.Agent(module.sparsify(module.make_networks(args, env), args), args.learning_rate)
+    agent = module.Agent(module.sparsify(module.make_networks(args, env), args), lr=args.learning_rate)
     with pytest.raises(module.UserError, match="use --kernel torch"):
         module.use_kernel(args, agent, env)
 
@@ -66,7 +66,7 @@ def test_forks_are_computed_as_they_say(mst, fork, name, monkeypatch):
         args, env = script.Args(**OPTIONS, kernel=kernel, mask_update_interval=4, learning_rate=3e-3), spaces(11, 3)
         args.total_timesteps = args.learning_starts + 1000
         torch.manual_seed(0)
-        agent = script.Agent(script.sparsify(script.make_networks(args, env), args), args.learning_rate)
+        agent = script.Agent(script.sparsify(script.make_networks(args, env), args), lr=args.learning_rate)
         script.use_kernel(args, agent, env)
         forward, generator = script.chain_forward, torch.Generator().manual_seed(0)
         with monkeypatch.context() as patch:

@@ -54,7 +54,7 @@ def test_densities_and_kept_counts_are_those_of_the_paper(rlx2, env_id):
     torch.manual_seed(0)
     plain = rlx2.make_networks(args, env)
     initial = {f"{net}.{key}": p.detach().clone() for net, part in plain.items() for key, p in part.named_parameters()}
-    agent = rlx2.Agent(rlx2.sparsify(plain, args), 3e-4)
+    agent = rlx2.Agent(rlx2.sparsify(plain, args), lr=3e-4)
     for net, wanted, kept in (("actor", densities[0], kept_actor), ("qf1", densities[1], kept_critic)):
         shapes = [p.shape for key, p in initial.items() if key.startswith(net) and key.endswith("weight")]
         found = rlx2.erdos_renyi(shapes * (1 if net == "actor" else 2), actor if net == "actor" else critic)
@@ -106,7 +106,7 @@ def make(rlx2, kernel="torch", rows=600, **changes):
     args = rlx2.Args(**options | changes)
     env, data = rlx2.make_env(args.env_id), np.random.default_rng(0)
     torch.manual_seed(0)
-    agent = rlx2.Agent(rlx2.sparsify(rlx2.make_networks(args, env), args), args.learning_rate)
+    agent = rlx2.Agent(rlx2.sparsify(rlx2.make_networks(args, env), args), lr=args.learning_rate)
     assert rlx2.use_kernel(args, agent, env) == kernel
     columns = rlx2.transition_columns(env) | {"truncations": 1, "policy_actions": 2}
     rb = rlx2.ReplayBuffer(1000, columns, "cpu", args.gamma)
@@ -127,7 +127,7 @@ class Masked:
 
     def __init__(self, rlx2, args, env, agent):
         self.rlx2, self.args, self.returned = rlx2, args, 0
-        self.agent = rlx2.Agent(rlx2.make_networks(args, env), args.learning_rate)
+        self.agent = rlx2.Agent(rlx2.make_networks(args, env), lr=args.learning_rate)
         for name, part in vars(self.agent).items():
             if isinstance(part, nn.Module):
                 state = {f"net.{key}": x for key, x in rlx2.plain_state(getattr(agent, name)).items() if "." in key}
@@ -414,7 +414,7 @@ def test_a_layer_that_hides_its_weight_is_an_error(rlx2, monkeypatch):
     weight = copy.deepcopy(agent.qf1.net.fc2.sparse_weight().detach())
     monkeypatch.setattr(agent.qf1.net.fc2, "forward", lambda x: F.linear(x, weight))
     step(rlx2, agent, rb, args, rng, 1)
-    with pytest.raises(ValueError, match=r"qf1\.fc2: this loss has no gradient"):
+    with pytest.raises(ValueError, match=r"qf1\.fc2 has no gradient"):
         step(rlx2, agent, rb, args, rng, 2)
 
 
@@ -424,7 +424,7 @@ def test_the_width_is_right_whatever_the_sizes(rlx2):
         args = rlx2.Args(actor_sparsity=0.5, critic_sparsity=0.6 if hidden_dim > 1 else 0.0, hidden_dim=hidden_dim)
         args.actor_sparsity = 0.5 if hidden_dim > 1 else 0.0
         env = spaces(obs_dim, action_dim)
-        agent = rlx2.Agent(rlx2.sparsify(rlx2.make_networks(args, env), args), 3e-4)
+        agent = rlx2.Agent(rlx2.sparsify(rlx2.make_networks(args, env), args), lr=3e-4)
         stats = rlx2.model_stats(agent)["modules"]
         active = sum(part["active"] for parts in stats.values() for part in parts if "active" in part)
         sizes = {}

@@ -129,7 +129,7 @@ def test_mask_history_stays_small_and_even(rnm):
 def test_all_six_networks_are_nm_at_every_moment(rnm, small, monkeypatch):
     agents, masks = [], set()
     make_agent, add = rnm.Agent, rnm.ReplayBuffer.add
-    monkeypatch.setattr(rnm, "Agent", lambda *a: agents.append(make_agent(*a)) or agents[-1])
+    monkeypatch.setattr(rnm, "Agent", lambda *a, **o: agents.append(make_agent(*a, **o)) or agents[-1])
 
     def look_and_add(rb, **transition):
         agent = agents[0]
@@ -246,7 +246,9 @@ def test_what_is_stored_and_how_it_was_chosen(dense, rnm, rlx2, small, monkeypat
         monkeypatch.setattr(module.ReplayBuffer, "add", stored_too)
         monkeypatch.setattr(module, "act", acting)
         monkeypatch.setattr(module, "evaluate", marked)
-        monkeypatch.setattr(module, "Agent", lambda *a, make=make_agent, to=agents: to.append(make(*a)) or to[-1])
+        monkeypatch.setattr(
+            module, "Agent", lambda *a, make=make_agent, to=agents, **o: to.append(make(*a, **o)) or to[-1]
+        )
         options = {"exploration_noise": 0.2, "learning_rate": 0.002, "env_id": "ReachShort-v0"}
         run = module.train(small(module, **options, total_timesteps=700, learning_starts=300))["run_dir"]
         ends = [r for r in read_rows(run) if r["charts/episodic_length"]]

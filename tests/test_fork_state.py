@@ -1,0 +1,277 @@
+"""What a fork keeps in Agent, State, networks and replay comes back at a resume, or the run says that it can't."""
+
+import copy
+from collections import deque
+
+import numpy as np
+import pytest
+import torch
+import torch.nn as nn
+from conftest import ROOT, SMALL, assert_same_run, load, stop_at
+
+
+def finish(module, monkeypatch, folder, stop=300, **settings):
+    """The folders of a whole run and of one that was stopped and resumed."""
+    monkeypatch.setattr(module, "hardware_report", lambda *_: None)  # it updates, too
+    settings = SMALL | settings
+    whole = module.train(module.Args(**settings, runs_dir=str(folder / "whole")))
+    with monkeypatch.context() as patch:
+        stop_at(patch, module, stop)
+        part = module.train(module.Args(**settings, runs_dir=str(folder / "part")))
+    assert part["exit_reason"] == "sigterm"
+    module.train(module.parse_args(["--resume", part["run_dir"]]))
+    return whole["run_dir"], part["run_dir"]
+
+
+def test_what_agent_and_state_hold_survives_a_resume(dense, tmp_path, monkeypatch):
+    """Learned temperatures with optimizers, lists of parameters, numpy's kinds, networks, plain facts of a network."""
+    made, last = [], []
+    update_agent, make_agent, make_state = dense.update_agent, dense.Agent.__init__, dense.State.__init__
+    make_replay = dense.ReplayBuffer.__init__
+
+    def init(agent, *args, **options):
+        make_agent(agent, *args, **options)
+        agent.log_alpha, agent.alphas = nn.Parameter(torch.zeros(1)), [torch.zeros(1, requires_grad=True)]
+        agent.optimizers = {"alpha": dense.make_adam([agent.log_alpha, *agent.alphas], lr=0.01)}
+        agent.clipped = list(agent.qf1.parameters())
+        agent.count, agent.history, agent.loss = 0, [0.0], torch.nn.functional.mse_loss
+
+    def init_state(state):
+        make_state(state)
+        state.averages, state.sums, state.pair = [nn.Linear(2, 1)], np.zeros(2), (np.float32(0), 0)
+        nn.init.zeros_(state.averages[0].weight)
+        made.append(state)
+
+    def init_replay(rb, *args):
+        make_replay(rb, *args)
+        rb.priorities = np.zeros(4)
+
+    def update(agent, rb, *args):
+        nn.utils.clip_grad_norm_(agent.clipped, 0.1)  # of the last update's gradients: counted below
+        losses = update_agent(agent, rb, *args)
+        agent.optimizers["alpha"].zero_grad()
+        ((agent.log_alpha - 1) ** 2 + (agent.alphas[0] - 2) ** 2).sum().backward()
+        agent.optimizers["alpha"].step()
+        agent.count += 1
+        agent.history = [*agent.history[-3:], agent.log_alpha.item(), agent.alphas[0].item()]
+        rb.priorities[agent.count % 4] += 1
+        agent.qf1.net.scale = getattr(agent.qf1.net, "scale", 1.0) * 0.999
+        if agent.count == 100:
+            agent.qf2.net.fc1.weight.requires_grad_(False)
+        assert all(a is b for a, b in zip(agent.clipped, agent.qf1.parameters(), strict=True))
+        state = made[-1]
+        state.averages[0].weight.data += 1
+        state.sums, state.pair = state.sums + 1, (state.pair[0] + 1, agent.count)
+        found = agent.history, rb.priorities.tolist(), agent.qf1.net.scale, agent.qf2.net.fc1.weight.sum().item()
+        last[:] = [agent.count, *found, state.averages[0].weight.sum().item(), state.sums.tolist(), state.pair]
+        return losses
+
+    monkeypatch.setattr(dense.Agent, "__init__", init)
+    monkeypatch.setattr(dense.State, "__init__", init_state)
+    monkeypatch.setattr(dense.ReplayBuffer, "__init__", init_replay)
+    monkeypatch.setattr(dense, "update_agent", update)
+    ends, train = [], dense.train
+    monkeypatch.setattr(dense, "train", lambda args: (train(args), ends.append(list(last)))[0])
+    assert_same_run(*finish(dense, monkeypatch, tmp_path))
+    whole, part, resumed = ends
+    assert resumed == whole and part[0] < whole[0] == 500 and part[0] > 100  # frozen before the stop
+    assert whole[1][-1] > 0.5 and whole[2] == [125] * 4 and whole[3] == pytest.approx(0.999**500)
+    assert whole[5:7] == [1000, [500, 500]] and tuple(map(float, whole[7])) == (500, 500)
+
+
+def test_values_come_back_as_they_were(dense):
+    """In place where an optimizer may hold it; all else is taken as it is, and no other name for it changes."""
+    old = {"held": torch.zeros(2, requires_grad=True), "grown": torch.zeros(3, requires_grad=True)}
+    old |= {"exact": torch.zeros(2, requires_grad=True), "list": [torch.zeros(1, requires_grad=True)], "gone": 1}
+    old |= {"plain": torch.zeros(2), "number": torch.zeros(2), "dict": {"a": 1, "b": 2}}
+    exact = torch.tensor([1 / 3, 0.1], dtype=torch.float64)
+    values = {"held": torch.ones(2), "grown": torch.ones(1), "exact": exact, "list": [torch.ones(1), 5]}
+    values |= {"plain": torch.ones(2), "number": 7, "dict": {"a": 3}, "new": [{"b": 1}]}
+    found = dense.put_back(old, values)
+    assert found["held"] is old["held"] and torch.equal(found["held"], torch.ones(2))
+    assert found["list"][0] is old["list"][0] and found["list"] == [1, 5]
+    assert found["grown"].shape == (1,) and torch.equal(found["exact"], exact) and found["number"] == 7
+    assert torch.equal(found["plain"], torch.ones(2)) and not old["plain"].any() and old["dict"] == {"a": 1, "b": 2}
+    assert found["dict"] == {"a": 3} and found["new"] == [{"b": 1}] and "gone" not in found
+
+
+class Noise:
+    def __call__(self):
+        return 0
+
+
+@pytest.mark.parametrize(
+    ("kept", "name"), [(Noise(), "Noise"), (deque(), "collections.deque"), (np.random.default_rng(1), "generator")]
+)
+def test_what_a_resume_can_not_read_is_said_by_the_checkpoint(dense, kept, name, tmp_path, monkeypatch):
+    """At the first one that holds it; the one before it stays."""
+    update_agent = dense.update_agent
+
+    def update(agent, *args):
+        agent.kept = kept
+        return update_agent(agent, *args)
+
+    monkeypatch.setattr(dense, "update_agent", update)
+    with pytest.raises(dense.UserError, match=f"what no checkpoint can: .*{name}"):
+        dense.train(dense.Args(**SMALL | {"checkpoint_interval": 100}, runs_dir=str(tmp_path)))
+    (path,) = tmp_path.glob("*/checkpoint.pt")
+    assert dense.read_torch(path)["state"]["global_step"] == 0 and not list(tmp_path.glob("*/*.tmp"))
+
+
+def test_a_network_that_comes_late_is_refused(dense, tmp_path, monkeypatch):
+    update_agent = dense.update_agent
+
+    def update(agent, *args):
+        agent.best = copy.deepcopy(agent.actor)
+        return update_agent(agent, *args)
+
+    monkeypatch.setattr(dense, "update_agent", update)
+    with pytest.raises(dense.UserError, match="a network or an optimizer that it has not from the start"):
+        finish(dense, monkeypatch, tmp_path)
+
+
+def test_a_network_that_is_replaced_is_the_network(rnm, tmp_path, monkeypatch):
+    """A reset of the critics with their optimizer, and a hard update: masks, targets and a resume follow."""
+    update_agent, changes = rnm.update_agent, []
+
+    def update(agent, rb, args, rng, update):
+        if update == 100:
+            new = rnm.sparsify(rnm.make_networks(args, rnm.make_env(args.env_id)), args)
+            agent.qf1, agent.qf2 = new["qf1"], new["qf2"]
+            for name in ("qf1", "qf2"):
+                setattr(agent, f"{name}_target", copy.deepcopy(new[name]))
+            agent.q_optimizer = rnm.make_adam([*agent.qf1.parameters(), *agent.qf2.parameters()], lr=3e-4)
+            before = [agent.qf1_target.net.fc3.weight.clone(), agent.qf1.net.fc3.weight.clone()]
+            changes.append([agent, *before])
+        losses = update_agent(agent, rb, args, rng, update)
+        if update == 101:
+            changes[-1] += [agent.qf1_target.net.fc3.weight.clone(), agent.qf1.net.fc3.weight.clone()]
+        return losses
+
+    monkeypatch.setattr(rnm, "update_agent", update)
+    settings = {"n": 1, "m": 4, "mask_update_interval": 40, "kernel": "torch"}
+    assert_same_run(*finish(rnm, monkeypatch, tmp_path, **settings))
+    agent, target, critic, next_target, next_critic = changes[0]
+    assert torch.equal(target, critic) and not torch.equal(critic, next_critic)
+    assert not torch.equal(target, next_target)  # Polyak averages of the new ones
+    assert [net.online for net in agent.networks][1:] == [agent.qf1, agent.qf2]
+
+
+def test_sampled_actions_are_seeded_and_come_back(tmp_path, monkeypatch):
+    """env.action_space.sample(), as CleanRL warms up."""
+    text = (ROOT / "dense_td3_continuous.py").read_text()
+    warmup = 'low + (high - low) * torch.rand(low.shape, generator=rng["warmup"])'
+    noise = 'torch.randn(low.shape, generator=rng["exploration"])'
+    assert text.count(warmup) == text.count(noise) == 1
+    path = tmp_path / "dense_td3_continuous.py"
+    path.write_text(
+        text.replace(warmup, "torch.tensor(env.action_space.sample())").replace(
+            noise, "torch.tensor(env.action_space.sample())"
+        )
+    )
+    module = load(path)
+    assert_same_run(*finish(module, monkeypatch, tmp_path))
+    again = module.train(module.Args(**SMALL, runs_dir=str(tmp_path / "again")))
+    assert_same_run(next((tmp_path / "whole").iterdir()), again["run_dir"])
+
+
+def make_agent(script, **settings):
+    args = script.Args(**{"env_id": "Reach-v0", "kernel": "nm"} | settings)
+    env = script.make_env(args.env_id)
+    agent = script.Agent(script.sparsify(script.make_networks(args, env), args), lr=1e-3)
+    assert script.use_kernel(args, agent, env) == "nm"
+    return agent, torch.randn(8, env.observation_space.shape[0])
+
+
+def test_positions_that_do_not_ascend_are_an_error(rnm):
+    agent, obs = make_agent(rnm, n=1, m=4, hidden_dim=16)
+    positions = agent.actor.net.fc2.positions
+    positions.copy_(positions.roll(1))
+    with pytest.raises(ValueError, match="positions must ascend"):
+        agent.actor(obs)
+
+
+def test_autocast_counts_with_the_kernels(rnm):
+    agent, obs = make_agent(rnm, n=1, m=4, hidden_dim=16)
+    plain = copy.deepcopy(agent.actor)
+    for module in plain.modules():
+        module.__class__ = {rnm.FusedSequential: nn.Sequential, rnm.FusedLinear: rnm.SparseLinear}.get(
+            type(module), type(module)
+        )
+    exact = agent.actor(obs)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(agent.actor(obs), plain(obs)) and not torch.allclose(
+            agent.actor(obs).float(), exact, atol=1e-6
+        )
+
+
+def test_an_optimizer_out_of_sight_is_an_error(rnm):
+    """Its moments would stay behind at a refresh."""
+    agent, _ = make_agent(rnm, n=1, m=4, hidden_dim=16)
+    rnm.refresh_masks(agent)
+    agent.hidden = [agent.q_optimizer]
+    del agent.q_optimizer
+    with pytest.raises(ValueError, match=r"qf1 is trained by no torch\.optim\.Optimizer that is an attribute of Agent"):
+        rnm.refresh_masks(agent)
+
+
+def test_a_target_with_other_masks_is_an_error_at_the_next_checkpoint(rnm, tmp_path, monkeypatch):
+    """Also where masks never change."""
+    update_agent = rnm.update_agent
+
+    def update(agent, rb, args, rng, update):
+        if update == 50:
+            new = rnm.sparsify(rnm.make_networks(args, rnm.make_env(args.env_id)), args)
+            agent.qf1.load_state_dict(new["qf1"].state_dict())
+        return update_agent(agent, rb, args, rng, update)
+
+    monkeypatch.setattr(rnm, "update_agent", update)
+    with pytest.raises(ValueError, match=r"qf1\.fc1: its target has another mask"):
+        rnm.train(rnm.Args(**SMALL, n=1, m=4, mask_update_interval=0, kernel="torch", runs_dir=str(tmp_path)))
+
+
+def test_weight_decay_of_a_fork_counts(mst, monkeypatch):
+    """MST's flag is what make_adam is given, and no more."""
+    seen = []
+    monkeypatch.setattr(
+        mst, "make_adam", lambda params, **options: seen.append(options) or torch.optim.AdamW(params, weight_decay=0.5)
+    )
+    args = mst.Args(env_id="Reach-v0", actor_hidden_dim=8, critic_hidden_dim=8, weight_decay=0.03)
+    monkeypatch.setattr(mst, "Run", lambda *_: seen.append("run") or 1 / 0)
+    agents, make = [], mst.Agent.__init__
+    monkeypatch.setattr(mst.Agent, "__init__", lambda agent, *a, **o: agents.append(agent) or make(agent, *a, **o))
+    with pytest.raises(ZeroDivisionError):
+        mst.train(args)
+    assert seen[:2] == [{"lr": 1e-4, "weight_decay": 0.03, "decoupled_weight_decay": True}] * 2 and seen[2] == "run"
+    assert agents[0].q_optimizer.param_groups[0]["weight_decay"] == 0.5
+
+
+def test_a_critic_without_the_norm_has_such_a_target(mst, monkeypatch):
+    class Raw(mst.QNetwork):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.norm = nn.Identity()
+
+    monkeypatch.setattr(mst, "QNetwork", Raw)
+    monkeypatch.setattr(mst, "Run", lambda *_: 1 / 0)
+    agents, make = [], mst.Agent.__init__
+    monkeypatch.setattr(mst.Agent, "__init__", lambda agent, *a, **o: agents.append(agent) or make(agent, *a, **o))
+    with pytest.raises(ZeroDivisionError):
+        mst.train(mst.Args(env_id="Reach-v0", actor_hidden_dim=8, critic_hidden_dim=8))
+    (agent,) = agents
+    assert agent.qf1_target.norm is agent.qf1.norm and agent.target_actor.norm is agent.actor.norm
+    assert type(agent.qf1.norm) is nn.Identity and type(agent.actor.norm) is mst.RunningNorm
+
+
+@pytest.mark.parametrize("nstep", [1, 2])
+def test_a_column_more_in_the_middle_shifts_none(rlx2, nstep):
+    columns = {"observations": 2, "actions": 1, "costs": 1, "next_observations": 2, "rewards": 1, "dones": 1}
+    rb = rlx2.ReplayBuffer(10, columns | {"truncations": 1, "policy_actions": 1}, "cpu", 0.9)
+    for i in range(6):
+        rb.add(
+            observations=[i, i], actions=i, costs=7, next_observations=[i + 1, i + 1], rewards=1, dones=0, truncations=0
+        )
+    data = rb.sample(20, torch.Generator().manual_seed(1), nstep)
+    assert not data.dones.any() and torch.equal(data.next_observations, data.observations + nstep)
+    assert torch.allclose(data.rewards, torch.full((20, 1), sum(0.9**k for k in range(nstep))))
+    assert torch.allclose(data.discounts, torch.full((20, 1), 0.9**nstep))
