@@ -43,6 +43,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import types
 import warnings
 import zipfile
 from array import array
@@ -220,11 +221,11 @@ def refresh_masks(agent: "Agent") -> None:
     left, in a target network too: both critics' values jump here, past the Polyak average.
     """
     optimizers = [part for part in vars(agent).values() if isinstance(part, optim.Optimizer)]
-    trained = {id(x) for optimizer in optimizers for group in optimizer.param_groups for x in group["params"]}
+    trained = [id(x) for optimizer in optimizers for x in held(optimizer)]
     for net in agent.networks:
         for layer, target in zip(sparse_layers(net.online).values(), sparse_layers(net.target).values(), strict=True):
-            if layer.active_weights.requires_grad and id(layer.active_weights) not in trained:
-                raise ValueError(f"{net.name} is trained by no torch.optim.Optimizer that is an attribute of Agent")
+            if layer.active_weights.requires_grad and trained.count(id(layer.active_weights)) != 1:
+                raise ValueError(f"{net.name} needs one torch.optim.Optimizer, an attribute of Agent, to train it")
             stores = [(x.W, x.get_parameter("active_weights")) for x in (layer, target)]  # an error if it is computed
             for state in (optimizer.state.get(layer.active_weights, {}) for optimizer in optimizers):
                 stores += [(layer.get_buffer(key), state[key]) for key in state.keys() - {"step"}]  # Adam's two moments
@@ -308,8 +309,8 @@ def update_targets(agent: Agent, tau: float) -> None:
 
 
 class State:
-    """What survives a resume beside Agent, replay, generators: numbers, strings, tensors, arrays, networks, optimizers
-    that are there from the start; lists, dicts of these. What `train` must remember goes here: locals start anew."""
+    """What survives a resume beside Agent, replay and generators. What `train` must remember goes here: local variables
+    start anew. Numbers, strings, tensors, arrays, networks, optimizers can be kept, also in lists, dicts and tuples."""
 
     def __init__(self):
         self.global_step, self.update = 0, 0  # environment steps taken, critic updates done
@@ -388,8 +389,9 @@ def train(args: Args) -> dict:
     eval_seeds = draw_seeds(rng["evaluation"], args.eval_episodes)
     low, high = action_bounds(env)  # [action_dim]
     exploration_scale = args.exploration_noise * (high - low) / 2
-    env.reset(seed=draw_seeds(rng["env_reset"], 1)[0])  # once: later resets go on with the environment's own generator
-    env.action_space.seed(env.unwrapped.np_random_seed)  # for forks that call its sample()
+    env_seed = draw_seeds(rng["env_reset"], 1)[0]
+    env.reset(seed=env_seed)  # once: later resets go on with the environment's own generator
+    env.action_space.seed(env_seed)  # for forks that call env.action_space.sample()
     seed_globals(draw_seeds(rng["globals"], 1)[0])  # for what a fork draws with torch.rand, np.random or random
 
     state, first_masks = State(), get_masks(agent)
@@ -549,13 +551,13 @@ class ReplayBuffer:
         return self.Batch(*self.rows.index_select(0, index).to(self.device).split(self.widths, dim=1))
 
     def state_dict(self) -> dict:
-        mine = contents({name: x for name, x in vars(self).items() if name not in ("array", "Batch", "places")})
+        mine = contents({name: x for name, x in vars(self).items() if name not in ("array", "places")})
         return mine | {"rows": torch.from_numpy(self.array[: self.added])}  # without the empty part
 
     def load_state_dict(self, state: dict) -> None:
         rows = state.pop("rows")
         self.rows[: len(rows)] = rows
-        vars(self).update(put_back(vars(self), state))
+        vars(self).update(put_back(vars(self), state, {}))
 
 
 # --- end shared ---
@@ -821,6 +823,7 @@ class Run:
 
     def __init__(self, args: "Args", columns: list[str], stats: dict, state: "State"):
         self.args, self.stop_signal, self.last_checkpoint = args, None, state.global_step if args.resume else None
+        self.parts = None  # the names of networks and optimizers in Agent and State
         facts = machine_facts(args) | stats
         if args.resume:
             self.dir, self.meta = Path(args.resume), read_run(args.resume)[0]
@@ -1037,6 +1040,10 @@ def read_torch(path: Path) -> dict:
 def save_checkpoint(run: Run, state: "State", agent: "Agent", rb: ReplayBuffer, rng: dict, env: gym.Env) -> None:
     """All that a resume needs at an episode's end, in one file."""
     with run.timed("pauses"):
+        parts = {name for x in (agent, state) for name, part in vars(x).items() if hasattr(part, "load_state_dict")}
+        if changed := parts ^ (run.parts or parts):
+            raise UserError(f"{changed}: networks and optimizers of Agent and State must be there from start to end")
+        run.parts = parts
         write_files(run, state, agent, rb)
         os.fsync(run.csv.fileno())
         state.times, state.csv_bytes = run.times().tolist(), os.fstat(run.csv.fileno()).st_size
@@ -1058,40 +1065,55 @@ def save_checkpoint(run: Run, state: "State", agent: "Agent", rb: ReplayBuffer, 
         run.last_checkpoint = state.global_step
 
 
+CODE = type, types.FunctionType, types.BuiltinFunctionType, types.MethodType  # is no state: the script makes it again
+PART = "network or optimizer"
+
+
+def held(x) -> list[torch.Tensor]:
+    """The tensors of a network; those that an optimizer trains."""
+    if isinstance(x, nn.Module):
+        return [*x.parameters(), *x.buffers()]
+    return [param for group in getattr(x, "param_groups", []) for param in group["params"]]
+
+
 def contents(x):
-    """What `put_back` takes: of networks, optimizers and the like their state_dict and more, of functions nothing."""
+    """What `put_back` takes: of networks the state_dict, requires_grad, and the modules' own numbers and strings."""
     if type(x) is dict:
-        return {name: contents(value) for name, value in x.items() if not inspect.isroutine(value)}
-    if type(x) is list:
-        return [contents(value) for value in x]
+        return {name: contents(value) for name, value in x.items() if not isinstance(value, CODE)}
+    if type(x) in (list, tuple):
+        return type(x)(contents(value) for value in x)
     if not hasattr(x, "state_dict"):
         return x
-    modules, params = (list(x.modules()), list(x.parameters())) if isinstance(x, nn.Module) else ([], [])
+    modules = x.modules() if isinstance(x, nn.Module) else []
     plain = [{name: y for name, y in vars(m).items() if isinstance(y, bool | int | float | str)} for m in modules]
-    return {"state_dict": x.state_dict(), "plain": plain, "trained": [param.requires_grad for param in params]}
+    return {PART: x.state_dict(), "plain": plain, "held": held(x)}
 
 
-def put_back(x, saved):
-    """What takes x's place: x itself with the old values if it is a network, an optimizer or a tensor with a gradient,
-    since others hold these."""
+def put_back(x, saved, live: dict):
+    """What takes x's place: x with its old values if it is a network or an optimizer, else `saved`.
+
+    live: address and shape of what these held, in `saved`, -> what they hold now. So a tensor of theirs that had a
+    second name, say in a list, has it again. It is complete after a call.
+    """
     if hasattr(x, "load_state_dict"):
-        x.load_state_dict(saved["state_dict"])
+        x.load_state_dict(saved[PART])
         for module, plain in zip(x.modules() if saved["plain"] else [], saved["plain"], strict=True):
             vars(module).update(plain)
-        for param, trained in zip(x.parameters() if saved["plain"] else [], saved["trained"], strict=True):
-            param.requires_grad_(trained)
+        for tensor, old in zip(held(x), saved["held"], strict=True):
+            tensor.data.copy_(old)
+            live[old.data_ptr(), old.shape] = tensor.requires_grad_(old.requires_grad)
         return x
-    if type(saved) is dict and "state_dict" in saved:
+    if type(saved) is dict and PART in saved:
         raise ValueError("State or Agent had a network or an optimizer that it has not from the start")
     if type(saved) is dict:
-        return {name: put_back(x.get(name) if type(x) is dict else None, value) for name, value in saved.items()}
-    if type(saved) is list:
-        return [put_back(x[i] if type(x) is list and i < len(x) else None, value) for i, value in enumerate(saved)]
-    if isinstance(x, torch.Tensor) and isinstance(saved, torch.Tensor):
-        saved = saved.to(x.device)
-        if x.requires_grad and (x.shape, x.dtype) == (saved.shape, saved.dtype):
-            x.data.copy_(saved)
-            return x
+        fresh = x if type(x) is dict else {}
+        code = {name: value for name, value in fresh.items() if isinstance(value, CODE)}
+        return code | {name: put_back(fresh.get(name), value, live) for name, value in saved.items()}
+    if type(saved) in (list, tuple):
+        fresh = [*(x if type(x) is type(saved) else ()), *[None] * len(saved)]
+        return type(saved)(put_back(a, b, live) for a, b in zip(fresh, saved, strict=False))
+    if isinstance(saved, torch.Tensor):
+        return live.get((saved.data_ptr(), saved.shape), saved.to(x.device) if isinstance(x, torch.Tensor) else saved)
     return saved
 
 
@@ -1102,14 +1124,15 @@ def load_checkpoint(args: "Args", state: "State", agent: "Agent", rb: ReplayBuff
         raise UserError(f"{path} is missing: the run has not come to one, or it finished without --keep-replay")
     try:
         content = read_torch(path)
-        vars(agent).update(put_back(vars(agent), content["agent"]))
+        live = {}
+        for thing, saved in [(agent, content["agent"]), (state, content["state"])] * 2:  # then with all of `live`
+            vars(thing).update(put_back(vars(thing), saved, live))
         rb.load_state_dict(content["rb"])
         for name, generator in rng.items():
             generator.set_state(content["rng"][name])
         set_globals(*content["globals"])
         for part, values in zip((env.unwrapped, env.action_space), content["env"], strict=True):
             part.np_random.bit_generator.state = values
-        vars(state).update(put_back(vars(state), content["state"]))
     except Exception as error:
         raise UserError(f"{path} is damaged or of another version: {first_line(error)}") from None
 
@@ -1144,7 +1167,7 @@ def machine_facts(args: "Args") -> dict:
     return facts | {"dirty": bool(git("status", "--porcelain", "--ignored", "--", Path(__file__).name))}
 
 
-def hardware_report(run: Run, env: gym.Env, rb: ReplayBuffer, agent: "Agent", seconds: float = 0.5) -> None:
+def hardware_report(run: Run, env: gym.Env, rb: ReplayBuffer, agent: "Agent", seconds: float = 0.2) -> None:
     """Microseconds of acting and updating with the run's networks and with plain nn.Linear ones, medians of calls."""
     args, rng, report = run.args, make_generators(0, run.args.device), {}
     data, every = rb.sample(args.batch_size, rng["replay"]), range(1, min(args.policy_frequency, 10) + 1)

@@ -80,19 +80,35 @@ def test_what_agent_and_state_hold_survives_a_resume(dense, tmp_path, monkeypatc
 
 
 def test_values_come_back_as_they_were(dense):
-    """In place where an optimizer may hold it; all else is taken as it is, and no other name for it changes."""
-    old = {"held": torch.zeros(2, requires_grad=True), "grown": torch.zeros(3, requires_grad=True)}
-    old |= {"exact": torch.zeros(2, requires_grad=True), "list": [torch.zeros(1, requires_grad=True)], "gone": 1}
-    old |= {"plain": torch.zeros(2), "number": torch.zeros(2), "dict": {"a": 1, "b": 2}}
-    exact = torch.tensor([1 / 3, 0.1], dtype=torch.float64)
-    values = {"held": torch.ones(2), "grown": torch.ones(1), "exact": exact, "list": [torch.ones(1), 5]}
-    values |= {"plain": torch.ones(2), "number": 7, "dict": {"a": 3}, "new": [{"b": 1}]}
-    found = dense.put_back(old, values)
-    assert found["held"] is old["held"] and torch.equal(found["held"], torch.ones(2))
-    assert found["list"][0] is old["list"][0] and found["list"] == [1, 5]
-    assert found["grown"].shape == (1,) and torch.equal(found["exact"], exact) and found["number"] == 7
-    assert torch.equal(found["plain"], torch.ones(2)) and not old["plain"].any() and old["dict"] == {"a": 1, "b": 2}
-    assert found["dict"] == {"a": 3} and found["new"] == [{"b": 1}] and "gone" not in found
+    """What a network or an optimizer held has its other names again; all else is taken as it is, under its own name."""
+
+    def make():
+        net, alpha = nn.Linear(2, 1), torch.zeros(2, requires_grad=True)
+        old = {"params": list(net.parameters()), "net": net, "first": net.weight, "alphas": (alpha, 1)}
+        return old | {
+            "adam": torch.optim.Adam([alpha], lr=0.1),
+            "plain": torch.zeros(1),
+            "fun": {"f": torch.relu},
+            "kept": 1,
+        }
+
+    then = make()
+    then["first"] = then["first"].detach().clone() + 1  # an older copy now, no name of the weight any more
+    then |= {"plain": torch.ones(3, dtype=torch.float64), "new": [{"b": 1}], "copy": then["alphas"][0]}
+    del then["kept"]
+    then["alphas"][0].data += 5
+    then["alphas"][0].requires_grad_(False)
+    saved, now, live = dense.contents(then), make(), {}
+    net, alpha = now["net"], now["alphas"][0]
+    for _ in range(2):
+        now = dense.put_back(now, saved, live)
+    assert now["net"] is net and torch.equal(net.weight, then["net"].weight)
+    assert now["params"][0] is net.weight and now["params"][1] is net.bias
+    assert torch.equal(now["first"], net.weight + 1)
+    assert now["alphas"][0] is now["copy"] is now["adam"].param_groups[0]["params"][0] is alpha
+    assert torch.equal(alpha, torch.full((2,), 5.0)) and not alpha.requires_grad and now["alphas"][1] == 1
+    assert torch.equal(now["plain"], torch.ones(3, dtype=torch.float64)) and now["new"] == [{"b": 1}]
+    assert now["fun"] == {"f": torch.relu} and "kept" not in now
 
 
 class Noise:
@@ -118,7 +134,8 @@ def test_what_a_resume_can_not_read_is_said_by_the_checkpoint(dense, kept, name,
     assert dense.read_torch(path)["state"]["global_step"] == 0 and not list(tmp_path.glob("*/*.tmp"))
 
 
-def test_a_network_that_comes_late_is_refused(dense, tmp_path, monkeypatch):
+def test_a_network_that_comes_late_is_said_at_the_next_checkpoint(dense, tmp_path, monkeypatch):
+    """No resume could make it; the checkpoint before it stays."""
     update_agent = dense.update_agent
 
     def update(agent, *args):
@@ -126,8 +143,13 @@ def test_a_network_that_comes_late_is_refused(dense, tmp_path, monkeypatch):
         return update_agent(agent, *args)
 
     monkeypatch.setattr(dense, "update_agent", update)
-    with pytest.raises(dense.UserError, match="a network or an optimizer that it has not from the start"):
-        finish(dense, monkeypatch, tmp_path)
+    with pytest.raises(dense.UserError, match=r"'best'}: networks and optimizers .* must be there from start to end"):
+        dense.train(dense.Args(**SMALL | {"checkpoint_interval": 100}, runs_dir=str(tmp_path)))
+    (path,) = tmp_path.glob("*/checkpoint.pt")
+    content = dense.read_torch(path)
+    assert content["state"]["global_step"] == 0
+    with pytest.raises(ValueError, match="a network or an optimizer that it has not from the start"):
+        dense.put_back({}, content["agent"], {})
 
 
 def test_a_network_that_is_replaced_is_the_network(rnm, tmp_path, monkeypatch):
@@ -211,7 +233,7 @@ def test_an_optimizer_out_of_sight_is_an_error(rnm):
     rnm.refresh_masks(agent)
     agent.hidden = [agent.q_optimizer]
     del agent.q_optimizer
-    with pytest.raises(ValueError, match=r"qf1 is trained by no torch\.optim\.Optimizer that is an attribute of Agent"):
+    with pytest.raises(ValueError, match=r"qf1 needs one torch\.optim\.Optimizer, an attribute of Agent, to train it"):
         rnm.refresh_masks(agent)
 
 
@@ -261,6 +283,27 @@ def test_a_critic_without_the_norm_has_such_a_target(mst, monkeypatch):
     (agent,) = agents
     assert agent.qf1_target.norm is agent.qf1.norm and agent.target_actor.norm is agent.actor.norm
     assert type(agent.qf1.norm) is nn.Identity and type(agent.actor.norm) is mst.RunningNorm
+
+
+def test_blocks_that_are_no_block_are_an_error(mst, monkeypatch):
+    """They would stay dense."""
+
+    class Wide(nn.Module):
+        def __init__(self, d):
+            super().__init__()
+            self.net = nn.Sequential(nn.Linear(d, d), nn.GELU(), nn.Linear(d, d))
+
+        def forward(self, h):
+            return h + self.net(h)
+
+    block = mst.Block
+    monkeypatch.setattr(mst, "make_trunk", lambda i, d, _, o: nn.Sequential(nn.Linear(i, d), Wide(d), nn.Linear(d, o)))
+    args = mst.Args(env_id="Reach-v0", actor_hidden_dim=8, critic_hidden_dim=8)
+    networks = mst.make_networks(args, mst.make_env(args.env_id))
+    with pytest.raises(ValueError, match="in a Block of the actor: make your blocks subclasses of Block"):
+        mst.sparsify(networks, args)
+    Wide.__bases__ = (block,)
+    assert len(mst.sparse_layers(mst.sparsify(networks, args)["qf1"])) == 2
 
 
 @pytest.mark.parametrize("nstep", [1, 2])
