@@ -573,9 +573,8 @@ def train(args: Args) -> dict:
     eval_seeds = draw_seeds(rng["evaluation"], args.eval_episodes)
     low, high = action_bounds(env)  # [action_dim]
     exploration_scale = args.exploration_noise * (high - low) / 2
-    env_seed = draw_seeds(rng["env_reset"], 1)[0]
-    env.reset(seed=env_seed)  # once: later resets go on with the environment's own generator
-    env.action_space.seed(env_seed)  # for forks that call env.action_space.sample()
+    env.reset(seed=draw_seeds(rng["env_reset"], 1)[0])  # once: later resets go on with the environment's own generator
+    env.action_space.seed(args.seed)  # for forks that call env.action_space.sample()
     seed_globals(draw_seeds(rng["globals"], 1)[0])  # for what a fork draws with torch.rand, np.random or random
 
     state, first_masks = State(), get_masks(agent)
@@ -1048,8 +1047,7 @@ def evaluate(actor: "Actor", env_id: str, seeds: list[int], step: int, videos: P
 
 
 def evaluate_run(args: "Args") -> int:
-    """--evaluate: the run's own evaluation episodes (further ones come from the same stream), filmed if asked for. All
-    layers are torch's, whose rounding is not the kernels'."""
+    """--evaluate: the run's own evaluation episodes (further ones come from the same stream), filmed if asked for."""
     torch.set_num_threads(args.threads)
     path, actor = Path(args.evaluate, "model.pt"), make_networks(args, make_env(args.env_id))["actor"]
     try:
@@ -1342,10 +1340,10 @@ def read_torch(path: Path) -> dict:
 def save_checkpoint(run: Run, state: "State", agent: "Agent", rb: ReplayBuffer, rng: dict, env: gym.Env) -> None:
     """All that a resume needs at an episode's end, in one file."""
     with run.timed("pauses"):
-        parts = {name for x in (agent, state) for name, part in vars(x).items() if hasattr(part, "load_state_dict")}
-        if changed := parts ^ (run.parts or parts):
+        found = parts(vars(agent) | vars(state))
+        if changed := found ^ (run.parts or found):
             raise UserError(f"{changed}: networks and optimizers of Agent and State must be there from start to end")
-        run.parts = parts
+        run.parts = found
         write_files(run, state, agent, rb)
         os.fsync(run.csv.fileno())
         state.times, state.csv_bytes = run.times().tolist(), os.fstat(run.csv.fileno()).st_size
@@ -1355,11 +1353,11 @@ def save_checkpoint(run: Run, state: "State", agent: "Agent", rb: ReplayBuffer, 
         content |= {"env": [part.np_random.bit_generator.state for part in (env.unwrapped, env.action_space)]}
 
         def write(file) -> None:
-            torch.save(content, file)
-            file.flush()
             try:
+                torch.save(content, file)
+                file.flush()
                 read_torch(file.name)
-            except pickle.UnpicklingError as error:
+            except (pickle.PickleError, AttributeError, TypeError) as error:
                 kind = re.search(r"GLOBAL (\S+)", str(error)) or ["", first_line(error)]
                 raise UserError(f"Agent, State or replay holds what no checkpoint can: {kind[1]}") from None
 
@@ -1378,10 +1376,18 @@ def held(x) -> list[torch.Tensor]:
     return [param for group in getattr(x, "param_groups", []) for param in group["params"]]
 
 
+def parts(x, place: str = "") -> set[str]:
+    """Where networks and optimizers are."""
+    if hasattr(x, "load_state_dict") and not isinstance(x, CODE):
+        return {place[1:]}
+    items = x.items() if isinstance(x, dict) else enumerate(x) if type(x) in (list, tuple) else ()
+    return {found for name, value in items for found in parts(value, f"{place}.{name}")}
+
+
 def contents(x):
     """What `put_back` takes: of networks the state_dict, requires_grad, and the modules' own numbers and strings."""
-    if type(x) is dict:
-        return {name: contents(value) for name, value in x.items() if not isinstance(value, CODE)}
+    if type(x) in (dict, OrderedDict):
+        return type(x)((name, contents(value)) for name, value in x.items() if not isinstance(value, CODE))
     if type(x) in (list, tuple):
         return type(x)(contents(value) for value in x)
     if not hasattr(x, "state_dict"):
@@ -1394,7 +1400,7 @@ def contents(x):
 def put_back(x, saved, live: dict):
     """What takes x's place: x with its old values if it is a network or an optimizer, else `saved`.
 
-    live: address and shape of what these held, in `saved`, -> what they hold now. So a tensor of theirs that had a
+    live: address and form of what these held, in `saved`, -> what they hold now. So a tensor of theirs that had a
     second name, say in a list, has it again. It is complete after a call.
     """
     if hasattr(x, "load_state_dict"):
@@ -1403,19 +1409,22 @@ def put_back(x, saved, live: dict):
             vars(module).update(plain)
         for tensor, old in zip(held(x), saved["held"], strict=True):
             tensor.data.copy_(old)
-            live[old.data_ptr(), old.shape] = tensor.requires_grad_(old.requires_grad)
+            tensor.requires_grad_(old.requires_grad)
+            if old.numel() and live.setdefault((old.data_ptr(), old.shape, old.stride()), tensor) is not tensor:
+                raise ValueError("networks changed names, or two are one now")
         return x
     if type(saved) is dict and PART in saved:
         raise ValueError("State or Agent had a network or an optimizer that it has not from the start")
-    if type(saved) is dict:
-        fresh = x if type(x) is dict else {}
+    if type(saved) in (dict, OrderedDict):
+        fresh = x if isinstance(x, dict) else {}
         code = {name: value for name, value in fresh.items() if isinstance(value, CODE)}
-        return code | {name: put_back(fresh.get(name), value, live) for name, value in saved.items()}
+        return type(saved)(code | {name: put_back(fresh.get(name), value, live) for name, value in saved.items()})
     if type(saved) in (list, tuple):
         fresh = [*(x if type(x) is type(saved) else ()), *[None] * len(saved)]
         return type(saved)(put_back(a, b, live) for a, b in zip(fresh, saved, strict=False))
     if isinstance(saved, torch.Tensor):
-        return live.get((saved.data_ptr(), saved.shape), saved.to(x.device) if isinstance(x, torch.Tensor) else saved)
+        own = saved.to(x.device) if isinstance(x, torch.Tensor) else saved
+        return live.get((saved.data_ptr(), saved.shape, saved.stride()), own)
     return saved
 
 
@@ -1863,10 +1872,11 @@ def use_kernel(args: Args, agent: Agent, env: gym.Env) -> str:
             raise UserError(f"--kernel nm: {first_line(error)}") from None
         print(f"warning: going on with --kernel torch, several times slower: {first_line(error)}", file=sys.stderr)
         return "torch"
-    for net in agent.networks:
-        compare(net, args, env)
-        fuse(net.online)
-        fuse(net.target)
+    with torch.random.fork_rng([]):  # `compare` seeds it
+        for net in agent.networks:
+            compare(net, args, env)
+            fuse(net.online)
+            fuse(net.target)
     return "nm"
 
 

@@ -23,8 +23,8 @@ QUESTIONS = {  # folders, the page's first -> does the first of each pair return
 def find(study, begin: str):
     """The one configuration with such a label, or None."""
     found = [c for c in study.configurations if c.label == begin or (begin != "dense" and c.label.startswith(begin))]
-    if len(found) > 1:
-        sys.exit(f"error: {study.name}: {' and '.join(c.label for c in found)} are told apart")
+    if len(found) > 1 or any(", code " in c.label for c in study.configurations):
+        sys.exit(f"error: {study.name}: {' and '.join(c.label for c in study.configurations)} are told apart")
     return found[0] if found else None
 
 

@@ -1,7 +1,7 @@
 """What a fork keeps in Agent, State, networks and replay comes back at a resume, or the run says that it can't."""
 
 import copy
-from collections import deque
+from collections import OrderedDict, deque
 
 import numpy as np
 import pytest
@@ -47,8 +47,9 @@ def test_what_agent_and_state_hold_survives_a_resume(dense, tmp_path, monkeypatc
         rb.priorities = np.zeros(4)
 
     def update(agent, rb, *args):
-        nn.utils.clip_grad_norm_(agent.clipped, 0.1)  # of the last update's gradients: counted below
         losses = update_agent(agent, rb, *args)
+        with torch.no_grad():
+            agent.clipped[0].mul_(0.999)  # reaches the critic
         agent.optimizers["alpha"].zero_grad()
         ((agent.log_alpha - 1) ** 2 + (agent.alphas[0] - 2) ** 2).sum().backward()
         agent.optimizers["alpha"].step()
@@ -90,6 +91,7 @@ def test_values_come_back_as_they_were(dense):
             "plain": torch.zeros(1),
             "fun": {"f": torch.relu},
             "kept": 1,
+            "ordered": OrderedDict(alpha=alpha, f=len),
         }
 
     then = make()
@@ -109,6 +111,18 @@ def test_values_come_back_as_they_were(dense):
     assert torch.equal(alpha, torch.full((2,), 5.0)) and not alpha.requires_grad and now["alphas"][1] == 1
     assert torch.equal(now["plain"], torch.ones(3, dtype=torch.float64)) and now["new"] == [{"b": 1}]
     assert now["fun"] == {"f": torch.relu} and "kept" not in now
+    assert type(now["ordered"]) is OrderedDict and now["ordered"]["alpha"] is alpha and now["ordered"]["f"] is len
+
+
+def test_swapped_networks_are_refused(dense):
+    """The optimizer trains tensors, whatever they are called: it can't be told which is whose."""
+    things = {"a": nn.Linear(2, 1), "b": nn.Linear(2, 1)}
+    things["adam"] = torch.optim.Adam([*things["a"].parameters(), *things["b"].parameters()])
+    fresh = copy.deepcopy(things)
+    dense.put_back(copy.deepcopy(things), dense.contents(things), {})
+    things |= {"a": things["b"], "b": things["a"]}
+    with pytest.raises(ValueError, match="networks changed names"):
+        dense.put_back(fresh, dense.contents(things), {})
 
 
 class Noise:
@@ -117,7 +131,14 @@ class Noise:
 
 
 @pytest.mark.parametrize(
-    ("kept", "name"), [(Noise(), "Noise"), (deque(), "collections.deque"), (np.random.default_rng(1), "generator")]
+    ("kept", "name"),
+    [
+        (Noise(), "Noise"),
+        (deque(), r"collections\.deque"),
+        (np.random.default_rng(1), "generator"),
+        ([lambda: 0], "lambda"),
+        ((i for i in range(3)), "generator"),
+    ],
 )
 def test_what_a_resume_can_not_read_is_said_by_the_checkpoint(dense, kept, name, tmp_path, monkeypatch):
     """At the first one that holds it; the one before it stays."""
@@ -134,16 +155,25 @@ def test_what_a_resume_can_not_read_is_said_by_the_checkpoint(dense, kept, name,
     assert dense.read_torch(path)["state"]["global_step"] == 0 and not list(tmp_path.glob("*/*.tmp"))
 
 
-def test_a_network_that_comes_late_is_said_at_the_next_checkpoint(dense, tmp_path, monkeypatch):
+@pytest.mark.parametrize("place", ["best", "pool.0"])
+def test_a_network_that_comes_late_is_said_at_the_next_checkpoint(dense, place, tmp_path, monkeypatch):
     """No resume could make it; the checkpoint before it stays."""
-    update_agent = dense.update_agent
+    update_agent, make_agent = dense.update_agent, dense.Agent.__init__
+
+    def init(agent, *args, **options):
+        make_agent(agent, *args, **options)
+        agent.pool = []
 
     def update(agent, *args):
-        agent.best = copy.deepcopy(agent.actor)
+        if place == "best":
+            agent.best = copy.deepcopy(agent.actor)
+        else:
+            agent.pool[:] = [copy.deepcopy(agent.actor)]
         return update_agent(agent, *args)
 
+    monkeypatch.setattr(dense.Agent, "__init__", init)
     monkeypatch.setattr(dense, "update_agent", update)
-    with pytest.raises(dense.UserError, match=r"'best'}: networks and optimizers .* must be there from start to end"):
+    with pytest.raises(dense.UserError, match=rf"'{place}'}}: networks and .* from start to end"):
         dense.train(dense.Args(**SMALL | {"checkpoint_interval": 100}, runs_dir=str(tmp_path)))
     (path,) = tmp_path.glob("*/checkpoint.pt")
     content = dense.read_torch(path)
@@ -152,31 +182,36 @@ def test_a_network_that_comes_late_is_said_at_the_next_checkpoint(dense, tmp_pat
         dense.put_back({}, content["agent"], {})
 
 
-def test_a_network_that_is_replaced_is_the_network(rnm, tmp_path, monkeypatch):
-    """A reset of the critics with their optimizer, and a hard update: masks, targets and a resume follow."""
+@pytest.mark.parametrize("kernel", ["nm", "torch"])
+def test_a_network_that_is_replaced_is_the_network(rnm, kernel, tmp_path, monkeypatch):
+    """Two resets of the critics, as README says: masks, targets and a resume follow; each draws other weights."""
     update_agent, changes = rnm.update_agent, []
 
     def update(agent, rb, args, rng, update):
-        if update == 100:
-            new = rnm.sparsify(rnm.make_networks(args, rnm.make_env(args.env_id)), args)
-            agent.qf1, agent.qf2 = new["qf1"], new["qf2"]
+        if update in (100, 150):
+            env = rnm.make_env(args.env_id)
+            new = rnm.sparsify(rnm.make_networks(args, env), args)
             for name in ("qf1", "qf2"):
+                setattr(agent, name, new[name])
                 setattr(agent, f"{name}_target", copy.deepcopy(new[name]))
             agent.q_optimizer = rnm.make_adam([*agent.qf1.parameters(), *agent.qf2.parameters()], lr=3e-4)
-            before = [agent.qf1_target.net.fc3.weight.clone(), agent.qf1.net.fc3.weight.clone()]
-            changes.append([agent, *before])
+            rnm.use_kernel(args, agent, env)
+            changes.append([agent, agent.qf1_target.net.fc3.weight.clone(), agent.qf1.net.fc3.weight.clone()])
         losses = update_agent(agent, rb, args, rng, update)
-        if update == 101:
+        if update in (101, 151):
             changes[-1] += [agent.qf1_target.net.fc3.weight.clone(), agent.qf1.net.fc3.weight.clone()]
         return losses
 
     monkeypatch.setattr(rnm, "update_agent", update)
-    settings = {"n": 1, "m": 4, "mask_update_interval": 40, "kernel": "torch"}
+    settings = {"n": 1, "m": 4, "mask_update_interval": 40, "kernel": kernel}
     assert_same_run(*finish(rnm, monkeypatch, tmp_path, **settings))
-    agent, target, critic, next_target, next_critic = changes[0]
-    assert torch.equal(target, critic) and not torch.equal(critic, next_critic)
-    assert not torch.equal(target, next_target)  # Polyak averages of the new ones
+    for _, target, critic, next_target, next_critic in changes[:2]:
+        assert torch.equal(target, critic) and not torch.equal(critic, next_critic)
+        assert not torch.equal(target, next_target)  # Polyak averages of the new ones
+    agent = changes[1][0]
     assert [net.online for net in agent.networks][1:] == [agent.qf1, agent.qf2]
+    assert not torch.equal(changes[0][2], changes[1][2])
+    assert type(agent.qf1.net) is (rnm.FusedSequential if kernel == "nm" else nn.Sequential)
 
 
 def test_sampled_actions_are_seeded_and_come_back(tmp_path, monkeypatch):

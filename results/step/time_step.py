@@ -96,7 +96,7 @@ def measure(script, steps: int, warm: int = 1000, **settings) -> dict[str, float
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--env-id", default="Ant-v4", help="gymnasium id")
-    parser.add_argument("--steps", type=int, default=3000, help="steps of a run that count, >= 1")
+    parser.add_argument("--steps", type=int, default=2000, help="steps of a run that count, >= 1")
     parser.add_argument("--repetitions", type=int, default=3, help="runs of each configuration, >= 1")
     args = parser.parse_args()
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
