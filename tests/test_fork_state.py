@@ -240,6 +240,16 @@ def make_agent(script, **settings):
     return agent, torch.randn(8, env.observation_space.shape[0])
 
 
+def test_a_second_actor_is_not_trained_with_the_critics(dense):
+    args = dense.Args(env_id="Reach-v0", hidden_dim=8)
+    networks = dense.make_networks(args, dense.make_env(args.env_id))
+    networks["actor2"] = copy.deepcopy(networks["actor"])
+    agent = dense.Agent(networks, lr=1e-3)
+    trained = {id(x) for x in dense.held(agent.q_optimizer)}
+    assert trained == {id(x) for net in (agent.qf1, agent.qf2) for x in net.parameters()}
+    assert agent.actor2_target is not agent.actor2 and [net.name for net in agent.networks][-1] == "actor2"
+
+
 def test_positions_that_do_not_ascend_are_an_error(rnm):
     agent, obs = make_agent(rnm, n=1, m=4, hidden_dim=16)
     positions = agent.actor.net.fc2.positions
@@ -263,9 +273,13 @@ def test_autocast_counts_with_the_kernels(rnm):
 
 
 def test_an_optimizer_out_of_sight_is_an_error(rnm):
-    """Its moments would stay behind at a refresh."""
+    """Its moments would stay behind at a refresh, those of two would share a store."""
     agent, _ = make_agent(rnm, n=1, m=4, hidden_dim=16)
     rnm.refresh_masks(agent)
+    agent.second = rnm.make_adam(agent.actor.parameters(), lr=1e-3)
+    with pytest.raises(ValueError, match=r"actor needs one torch\.optim\.Optimizer"):
+        rnm.refresh_masks(agent)
+    del agent.second
     agent.hidden = [agent.q_optimizer]
     del agent.q_optimizer
     with pytest.raises(ValueError, match=r"qf1 needs one torch\.optim\.Optimizer, an attribute of Agent, to train it"):
