@@ -948,7 +948,7 @@ def load_checkpoint(args: "Args", state: "State", agent: "Agent", rb: ReplayBuff
         raise UserError(f"{path} is missing: the run has not come to one, or it finished without --keep-replay")
     try:
         content = read_torch(path)
-        live = {}  # complete after the first pass, for the second
+        live = {}  # complete after the first pass
         for thing, saved in [(agent, content["agent"]), (state, content["state"])] * 2:
             vars(thing).update(put_back(vars(thing), saved, live))
         rb.load_state_dict(content["rb"])
