@@ -28,8 +28,8 @@ policy with --evaluate runs/<run_name>. Controls: --critic-regime static (static
       keeps and in what it grows, as JaxPruner's, never changes a mask. So zeta is at most 1/N.
   M6  Targets have the online masks at all times, so that they are N:M, too.
   M7  SimBa with TD3 is unpublished: sizes, initialisation and AdamW are those of SimBa's DDPG; twin critics, target
-      actor, smoothing and delay, one update a step and 25,000 random ones are TD3's. ReLU everywhere; biases and norms
-      decay, too, as in SimBa.
+      actor, smoothing and delay, one update a step, 25,000 random ones and gamma are TD3's (SimBa: 0.995).
+      ReLU everywhere; biases and norms decay.
   M8  Statistics of observations take in what training acts on, random steps too; replay holds raw observations, which
       all networks normalise with today's statistics.
 """

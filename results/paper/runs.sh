@@ -1,6 +1,6 @@
 #!/bin/sh
 # The runs behind results/paper, block by block. Type it again after any stop: it goes on where it was.
-#   results/paper/runs.sh BLOCK RUNS_DIR    (BLOCK 1 to 4, in the repository's root, at the tag paper-runs)
+#   results/paper/runs.sh BLOCK RUNS_DIR    (BLOCK 1 to 4, in the repository's root, at commit 4fb1a03)
 set -eu
 status=0
 grid() { # goes on after a run that failed, not after Ctrl-C

@@ -1,6 +1,6 @@
 #!/bin/sh
 # The runs behind results/rlx2. Type it again after any stop: it goes on where it was.
-#   results/rlx2/runs.sh RUNS_DIR    (in the repository's root, at the tag rlx2-runs)
+#   results/rlx2/runs.sh RUNS_DIR    (in the repository's root; one commit for all)
 # The dense runs on HalfCheetah-v5 are those of results/paper.
 set -eu
 status=0
