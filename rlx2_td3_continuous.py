@@ -23,7 +23,7 @@ Decisions, where the paper, its code (tyq1024/RLx2, commit 3f4898b) and good sen
   R3  A change takes the place of that update's step of Adam, as in the code; the paper does not say so.
   R4  What was just dropped may grow again, then with its value and moments; all else grows from zero. As the code.
   R5  Adam forgets a dropped weight; its step count goes on, so that a grown weight moves by several learning rates at
-      first. In the code moments fade for Delta updates: the same to rounding.
+      first. In the code moments fade for Delta updates: nearly the same.
   R6  Growth looks at the gradient of the network's own loss; in the code the actor's can leak into the critics'.
   R7  Targets have the online topology from the start, in the code from the second update on.
   R8  A window of n steps ends where the episode does; only a termination cuts the bootstrap. The switch to
