@@ -15,18 +15,18 @@ Fujimoto, van Hoof, Meger, "Addressing Function Approximation Error in Actor-Cri
 Train with `python mst_td3_continuous.py --env-id Humanoid-v5`, go on with --resume runs/<run_name>, measure a trained
 policy with --evaluate runs/<run_name>. Controls: --critic-regime static (static in both), and --actor-regime dense
 --critic-regime dense (SimBa alone). Decisions, where the paper's text is not known or leaves them open:
-  M1  The embedding counts as the encoder. It is dense, and so is the head: a sparse one loses whole features. Sparsity
-      is that of the layers in the blocks, which Erdos-Renyi treats alike: all are d x 4 d.
+  M1  The embedding counts as the encoder. It is dense, as is the head: a sparse one loses features. Sparsity is that of
+      the layers in the blocks, which Erdos-Renyi treats alike: all are d x 4 d.
   M2  First masks are random with an exact count (the sibling paper's code draws each weight), the twin critics' apart;
       N:M: N random ones in each group. What is left keeps its initial size.
   M3  Masks change every 1,000 of a module's own updates until 80 % of training (as in Graesser et al.'s SAC; MST's
-      interval is not known); zeta falls from 0.3 to 0 along a cosine (RigL's defaults).
+      is not known); zeta falls from 0.3 to 0 along a cosine (RigL's defaults).
   M4  A change, by the gradient of one batch, takes the place of that update's AdamW step. What was just dropped may
       return with its value and moments, all else grows from zero with zero moments, as in RigL's code; the step count
       goes on, so that a grown weight first moves by several learning rates.
   M5  N:M: one swap in a group at most, in the groups with the smallest weights. RigL that holds to N:M both in what it
       keeps and in what it grows, as JaxPruner's, never changes a mask. So zeta is at most 1/N.
-  M6  Targets have the online masks at all times, so that they are N:M, too.
+  M6  Targets always have the online masks, so that they are N:M, too.
   M7  SimBa with TD3 is unpublished: sizes, initialisation and AdamW are those of SimBa's DDPG; twin critics, target
       actor, smoothing and delay, one update a step, 25,000 random ones and gamma are TD3's (SimBa: 0.995).
       ReLU everywhere; biases and norms decay.
@@ -794,7 +794,7 @@ def get_masks(agent: "Agent") -> dict[str, torch.Tensor]:
     nets = [[(net.name, net.online) for net in agent.networks], [(net.name, net.target) for net in agent.networks]]
     online, target = ({f"{a}.{b}": x.E.cpu() for a, net in own for b, x in sparse_layers(net).items()} for own in nets)
     for name, E in online.items():
-        if not torch.equal(E, target[name]):
+        if name not in target or not torch.equal(E, target[name]):
             raise ValueError(f"{name}: its target has another mask")
     return online
 

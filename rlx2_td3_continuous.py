@@ -627,7 +627,7 @@ def get_masks(agent: "Agent") -> dict[str, torch.Tensor]:
     nets = [[(net.name, net.online) for net in agent.networks], [(net.name, net.target) for net in agent.networks]]
     online, target = ({f"{a}.{b}": x.E.cpu() for a, net in own for b, x in sparse_layers(net).items()} for own in nets)
     for name, E in online.items():
-        if not torch.equal(E, target[name]):
+        if name not in target or not torch.equal(E, target[name]):
             raise ValueError(f"{name}: its target has another mask")
     return online
 

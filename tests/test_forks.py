@@ -349,9 +349,9 @@ def test_what_sparsify_does_not_know_is_an_error(forks):
     assert module.plain_state(net).keys() == {"0.weight", "2.weight", "2.bias"}
 
 
-@pytest.mark.parametrize("fault", ["target", "name"])
+@pytest.mark.parametrize("fault", ["target", "wrapped", "name"])
 def test_masks_that_would_go_astray_are_an_error(forks, fault):
-    """A target with another mask, two layers of one name."""
+    """A target with another mask or with other names (as torch.compile(net) makes them), two layers of one name."""
     module = forks("unedited")
     args = module.Args(env_id="Reach-v0", n=1, m=4, hidden_dim=16, kernel="torch")
     networks = module.make_networks(args, module.make_env(args.env_id))
@@ -359,6 +359,8 @@ def test_masks_that_would_go_astray_are_an_error(forks, fault):
     module.refresh_masks(agent)
     if fault == "target":
         agent.qf1_target.net.fc2.set_mask(agent.qf1.net.fc2.E.roll(1, 1))
+    elif fault == "wrapped":
+        agent.qf1 = torch.nn.Sequential(agent.qf1)
     else:
         agent.qf1.fc1 = module.copy.deepcopy(agent.qf1.net.fc1)
     with pytest.raises(
