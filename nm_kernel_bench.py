@@ -29,6 +29,7 @@ import math
 import platform
 import re
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -776,6 +777,14 @@ def addmm(bias, a, b, *, beta=1, alpha=1):  # one observation is faster with tor
 library.impl("mm", mm, "CPU")  # every linear layer and its gradients end in these two
 library.impl("addmm", addmm, "CPU")
 """
+COMPILED = """
+import importlib, pathlib, sys, torch
+path = pathlib.Path(sys.argv[1])
+sys.argv, sys.path = sys.argv[1:], [str(path.parent), *sys.path]
+script = importlib.import_module(path.stem)
+script.update_critics, script.update_actor = map(torch.compile, (script.update_critics, script.update_actor))
+sys.exit(script.main())
+"""
 
 
 # Sparsities of actor and critics, in percent, at which RLx2 was published (arXiv 2205.15043, Table 2).
@@ -818,6 +827,8 @@ def configurations(args: Args) -> dict[str, Run]:
         found["dense, oneDNN"] = Run(["-c", LAUNCH.format(change=ONEDNN), *train("", hidden)])
     if HAS_BF16:
         found["dense, bf16 autocast"] = Run(["-c", LAUNCH.format(change=BF16), *train("", hidden)])
+    if shutil.which("g++"):
+        found["dense, torch.compile"] = Run(["-c", COMPILED, *train("", hidden)])
     found[f"dense, as many weights as {last}"] = Run(train("", narrow))
     found |= {pattern: Run(train(pattern, hidden)) for pattern in args.patterns}
     found[f"{last}, --kernel torch"] = Run(train(last, hidden, "--kernel=torch"))
@@ -933,9 +944,9 @@ def training_rows(content: dict) -> list[dict]:
 def first_rows(content: dict) -> list[dict]:
     """What a reader wants to know first, all on one core."""
     rows = {row["label"]: row for row in training_rows(content)}
-    dense = [label for label in ("dense", "dense, oneDNN") if label in rows]
+    dense = [label for label in ("dense", "dense, oneDNN", "dense, torch.compile") if label in rows]
     best = max(dense, key=lambda label: rows[label]["rate"], default="")
-    names = {"dense": "dense", f"best dense fp32 ({'oneDNN' if 'oneDNN' in best else 'torch'})": best}
+    names = {"dense": "dense", f"best dense fp32 ({best.partition(', ')[2] or 'torch'})": best}
     names |= {label: label for label in (*PEERS, *content["conditions"]["args"]["patterns"])}
     names |= {label: label for label in rows if label.startswith("RLx2")}
     return [rows[label] | {"name": name} for name, label in names.items() if label in rows]
@@ -972,6 +983,7 @@ count. Numbers are medians of {min(map(len, content["rate_update_ms_peak_mib"].v
 - ms per update: the part of a step that is the update, in milliseconds; MiB: peak memory of a process
 - oneDNN: the dense script with the matrix products of oneDNN in place of torch's
 - bf16 autocast: the dense script in torch's autocast, whose layers compute in bfloat16
+- torch.compile: the dense script, its two update functions compiled by torch.compile (before what is counted)
 - as many weights as: dense with hidden layers of {content.get("narrow_hidden_dim", "fewer")} units, which make as many
   parameters as are active with that pattern, or nearly
 - RLx2 96/88: rlx2_td3_continuous.py with 96 % of the actor's and 88 % of the critics' weights zero, three-step targets
