@@ -102,7 +102,8 @@ def test_topologies_without_structure_beside_nm(dense, rnm, rlx2, small, monkeyp
     assert len(set(looks)) == len(looks) and study.configurations[4].look["color"] == sa.COLORS["RLx2"]
     assert len(list((tmp_path / "a").glob("*.png"))) >= 7 and out.count("| SET 70/60 | 1 |") == 1
     monkeypatch.setattr(sa, "draw", lambda *_: [])
-    assert run(monkeypatch, capsys, tmp_path / "runs", "--no-track", "--thin", tmp_path / "thin")[0] == 0
+    argv = ("--no-track", "--out", tmp_path / "b", "--thin", tmp_path / "thin")
+    assert run(monkeypatch, capsys, tmp_path / "runs", *argv)[0] == 0
     (thin,), _, skipped = load(tmp_path / "thin")
     assert [c.label for c in thin.configurations] == labels and not skipped
     with np.load(done["RLx2, K = 20"] / "masks.npz") as file:
