@@ -32,7 +32,7 @@ SMALL = {
     "batch_size": 16,
     "buffer_size": 2000,
     "learning_starts": 100,
-    "total_timesteps": 600,
+    "total_timesteps": 400,
     "eval_interval": 250,
     "eval_episodes": 2,
     "track": False,

@@ -75,9 +75,9 @@ def test_what_agent_and_state_hold_survives_a_resume(dense, tmp_path, monkeypatc
     monkeypatch.setattr(dense, "train", lambda args: (train(args), ends.append(list(last)))[0])
     assert_same_run(*finish(dense, monkeypatch, tmp_path))
     whole, part, resumed = ends
-    assert resumed == whole and part[0] < whole[0] == 500 and part[0] > 100  # frozen before the stop
-    assert whole[1][-1] > 0.5 and whole[2] == [125] * 4 and whole[3] == pytest.approx(0.999**500)
-    assert whole[5:7] == [1000, [500, 500]] and tuple(map(float, whole[7])) == (500, 500)
+    assert resumed == whole and part[0] < whole[0] == 300 and part[0] > 100  # frozen before the stop
+    assert whole[1][-1] > 0.5 and whole[2] == [75] * 4 and whole[3] == pytest.approx(0.999**300)
+    assert whole[5:7] == [600, [300, 300]] and tuple(map(float, whole[7])) == (300, 300)
 
 
 def test_values_come_back_as_they_were(dense):
