@@ -337,7 +337,7 @@ def test_full_workers_have_a_core_each(grid, tmp_path):
 
 def test_the_real_scripts(dense, rnm, grid, tmp_path):
     """Stopped and finished by repetition, the runs are those of the scripts alone, bit for bit."""
-    common = " ".join(flag for flag in flags() if not flag.startswith("--env"))
+    common = " ".join(flag for flag in flags(total_timesteps=900) if not flag.startswith("--env"))
     commands = [f"{ROOT}/rnm_td3_continuous.py {common} --n 1 --m 4 --no-track"]
     commands += [f"{ROOT}/dense_td3_continuous.py {common} --no-track"]
     options = {"env_ids": ("toy_envs:Reach-v0",), "seeds": (1,)}
