@@ -195,16 +195,18 @@ def read_table(text, number=0):
 
 
 def test_the_readme_s_numbers_are_those_of_the_results():
-    """Steps per second of the first table; sizes, scores and core minutes of the second."""
+    """Steps per second of the first table; sizes, scores and core minutes of the others."""
     names, speeds, ratios = read_table(README)
     measured = read_table(read("results/end_to_end/summary.md"))[1:]
     assert len(names) > 8 and set(zip(names[1:], speeds[1:], ratios[1:], strict=True)) < set(map(tuple, measured))
-    cheetah = read("results/paper/summary.md").partition("## HalfCheetah-v5")[2]
-    scores, times = (read_table(cheetah, number) for number in (0, 1))
-    labels, *said = (row[1:] for row in read_table(README, 1))
-    assert labels == [cells[0] for cells in scores[1:6]] == [cells[0] for cells in times[1:6]]
-    columns = [(scores, key) for key in ("active parameters", "final score iqm", "gain", "core minutes")]
-    columns += [(times, f"core minutes to {share} %") for share in (50, 75, 90)]
-    for row, (table, column) in zip(said, columns, strict=True):
-        cells = [cells[table[0].index(column)].partition(" ")[0] for cells in table[1:6]]  # without intervals
-        assert [cell.replace("never", "inf") for cell in row] == cells, column
+    columns = [(0, key) for key in ("active parameters", "final score iqm", "gain", "core minutes")]
+    columns += [(1, f"core minutes to {share} %") for share in (50, 90)]
+    for place, env in enumerate(("HalfCheetah-v5", "Ant-v5"), 1):
+        part = read("results/paper/summary.md").partition(f"## {env}")[2]
+        tables = read_table(part, 0), read_table(part, 1)  # scores, times
+        (title, *labels), *said = read_table(README, place)
+        assert title == env and all(labels == [cells[0] for cells in table[1:6]] for table in tables)
+        for (_, *row), (which, column) in zip(said, columns, strict=True):
+            table = tables[which]
+            cells = [cells[table[0].index(column)].partition(" ")[0] for cells in table[1:6]]  # without intervals
+            assert [cell.replace("never", "inf") for cell in row] == cells, (env, column)
