@@ -4,6 +4,7 @@ import ast
 import dataclasses
 import difflib
 import itertools
+import json
 import re
 import shlex
 from pathlib import Path
@@ -199,14 +200,20 @@ def test_the_readme_s_numbers_are_those_of_the_results():
     names, speeds, ratios = read_table(README)
     measured = read_table(read("results/end_to_end/summary.md"))[1:]
     assert len(names) > 8 and set(zip(names[1:], speeds[1:], ratios[1:], strict=True)) < set(map(tuple, measured))
-    columns = [(0, key) for key in ("active parameters", "final score iqm", "gain", "core minutes")]
-    columns += [(1, f"core minutes to {share} %") for share in (50, 90)]
+    columns = {"active": (0, "active parameters"), "final": (0, "final score iqm"), "minus": (0, "gain")}
+    columns |= {"core": (0, "core minutes")} | {f"{x} %": (1, f"core minutes to {x} %") for x in (50, 90)}
     for place, env in enumerate(("HalfCheetah-v5", "Ant-v5"), 1):
         part = read("results/paper/summary.md").partition(f"## {env}")[2]
         tables = read_table(part, 0), read_table(part, 1)  # scores, times
         (title, *labels), *said = read_table(README, place)
         assert title == env and all(labels == [cells[0] for cells in table[1:6]] for table in tables)
-        for (_, *row), (which, column) in zip(said, columns, strict=True):
-            table = tables[which]
-            cells = [cells[table[0].index(column)].partition(" ")[0] for cells in table[1:6]]  # without intervals
-            assert [cell.replace("never", "inf") for cell in row] == cells, (env, column)
+        for (head, *row), (key, (which, column)) in zip(said, columns.items(), strict=True):
+            cells = [cells[tables[which][0].index(column)].partition(" ")[0] for cells in tables[which][1:6]]
+            assert key in head and ["inf" if cell == "-" else cell for cell in row] == cells, (env, head)
+
+
+@pytest.mark.parametrize("folder", sorted({path.parents[1] for path in ROOT.glob("results/*/*/meta.json")}))
+def test_a_page_names_the_commit_of_its_runs(folder):
+    page = (folder / "README.md").read_text()
+    commits = {json.loads(path.read_text())["commit"] for path in folder.glob("*/meta.json")}
+    assert commits and all(commit[:7] in page for commit in commits)
