@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT
 
+ENVS = ("HalfCheetah-v5", "Ant-v5")
 SCRIPTS = sorted(ROOT.glob("*.py"))
 README = (ROOT / "README.md").read_text()
 KERNELS = r"^# --- kernels ---\n.*?^# --- end kernels ---\n"
@@ -202,7 +203,7 @@ def test_the_readme_s_numbers_are_those_of_the_results():
     assert len(names) > 8 and set(zip(names[1:], speeds[1:], ratios[1:], strict=True)) < set(map(tuple, measured))
     columns = {"active": (0, "active parameters"), "final": (0, "final score iqm"), "minus": (0, "gain")}
     columns |= {"core": (0, "core minutes")} | {f"{x} %": (1, f"core minutes to {x} %") for x in (50, 90)}
-    for place, env in enumerate(("HalfCheetah-v5", "Ant-v5"), 1):
+    for place, env in enumerate(ENVS, 1):
         part = read("results/paper/summary.md").partition(f"## {env}")[2]
         tables = read_table(part, 0), read_table(part, 1)  # scores, times
         (title, *labels), *said = read_table(README, place)
@@ -217,3 +218,26 @@ def test_a_page_names_the_commit_of_its_runs(folder):
     page = (folder / "README.md").read_text()
     commits = {json.loads(path.read_text())["commit"] for path in folder.glob("*/meta.json")}
     assert commits and all(commit[:7] in page for commit in commits)
+
+
+def test_the_readme_s_ranges_are_those_of_the_pairs():
+    """Of dense's CPU time and score, in runs of one seed; how often each pattern is below dense."""
+    runs, part = {}, " ".join(README.partition("**How well.**")[2].split())
+    for path in ROOT.glob("results/paper/*/meta.json"):
+        meta = json.loads(path.read_text())
+        if meta["args"]["seed"] <= 3 and meta["args"]["hidden_dim"] == 256:
+            key = f"{meta['n']}:{meta['m']}" if meta["n"] else "dense", meta["args"]["env_id"], meta["args"]["seed"]
+            assert runs.setdefault(key, meta) is meta
+    shares = {}
+    for (name, env, seed), meta in runs.items():
+        for measure in ("cpu_time_s", "final_score"):
+            share = meta[measure] / runs["dense", env, seed][measure]
+            shares.setdefault((name, measure), {})[env, seed] = share
+    said = {"2:4": re.search(r"2:4 costs (.*?);", part)[1], "1:8": re.search(r"1:8 costs (.*?)\. ", part)[1]}
+    for name, text in said.items():
+        costs, scores = shares[name, "cpu_time_s"], shares[name, "final_score"]
+        parts = [scores] if name == "2:4" else [{k: v for k, v in scores.items() if k[0] == env} for env in ENVS]
+        ranges = [f"{min(x.values()):.2f} to {max(x.values()):.2f}" for x in (costs, *parts)]
+        assert len(costs) == 6 and re.findall(r"[\d.]+ to [\d.]+", text) == ranges, name
+    below = {name: sum(share < 1 for share in shares[name, "final_score"].values()) for name in ("1:8", "1:4", "2:4")}
+    assert below == {"1:8": 6, "1:4": 5, "2:4": 3} and "below dense in all six pairs, 1:4 in five, 2:4 in three" in part
