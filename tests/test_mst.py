@@ -84,6 +84,8 @@ def test_sizes_are_simbas(mst):
             for linear in (block.net.fc1, block.net.fc2):
                 std = math.sqrt(2 / linear.weight.shape[1])
                 assert linear.weight.std().item() == pytest.approx(std, rel=0.02) and not linear.bias.any()
+                assert linear.weight.abs().max() > 3 * std  # normal, not uniform
+        assert {module.eps for module in net.modules() if isinstance(module, nn.LayerNorm)} == {1e-6}
 
 
 def layer_norm(x, norm):
@@ -121,13 +123,14 @@ def test_forward_by_hand(mst, options, kernel):
 
 
 def test_statistics_are_numpys(mst):
-    norm, x = mst.RunningNorm(3), np.random.default_rng(0).normal([0, 5, -1e4], [1, 3, 0.1], (500, 3))
+    norm, x = mst.RunningNorm(4), np.random.default_rng(0).normal([0, 5, -1e4, 0], [1, 3, 0.1, 0], (500, 4))
     for obs in x:
         norm.update(obs)
     assert np.allclose(norm.mean, x.mean(0), rtol=1e-6, atol=1e-6)  # the start counts as 1e-4 of an observation
     assert np.allclose(norm.var[:2], x.var(0)[:2], rtol=1e-4)
     y = norm(torch.from_numpy(x).float()).numpy()
     assert np.allclose(y[:, :2].mean(0), 0, atol=1e-2) and np.allclose(y[:, :2].std(0), 1, atol=1e-2)
+    assert norm(torch.ones(4))[3].item() == pytest.approx((1e-4 / 500 + 1e-8) ** -0.5, rel=1e-3)  # never varied
 
 
 def test_one_set_of_statistics_takes_in_what_training_acts_on(mst, small, monkeypatch):
@@ -160,6 +163,9 @@ def test_sparsity_counts_the_blocks_alone_and_is_exact(mst):
             assert len(layer.positions) == size - int(0.6 * size) and layer.E.sum() == len(layer.positions)
         assert type(net.online.net.embedding) is type(net.online.net.head) is nn.Linear
     assert not torch.equal(masks_of(mst, agent.qf1)["block1.net.fc1"], masks_of(mst, agent.qf2)["block1.net.fc1"])
+    for nm in (None, (2, 4)):  # any place is as likely
+        share = torch.stack([mst.random_mask((4, 8), 0.5, nm) for _ in range(400)]).double().mean(0)
+        assert 0.4 < share.min() and share.max() < 0.6
 
 
 @pytest.mark.parametrize("options", [{"actor_regime": "dense"}, {"critic_regime": "dense"}])
@@ -273,37 +279,47 @@ def test_swaps_by_brute_force(mst):
         assert groups_have_n(found, n, m) and torch.equal(places, places.sort().values)
 
 
-def test_a_change_takes_gradients_moments_and_targets_along(mst):
+@pytest.mark.parametrize("part, other, name", [("critic", "actor", "qf1"), ("actor", "critic", "actor")])
+def test_a_change_takes_gradients_moments_and_targets_along(mst, part, other, name):
     """RigL at 2:4: what grows has the largest gradient and starts from zero, weight and moments; no step is taken."""
-    agent, args = agent_of(mst, critic_nm="2:4", critic_sparsity=None, learning_rate=1e-2)
+    options = {f"{part}_nm": "2:4", f"{part}_sparsity": None, f"{part}_regime": "rigl", f"{other}_regime": "set"}
+    agent, args = agent_of(mst, learning_rate=1e-2, **options)
+    net, target = getattr(agent, name), getattr(agent, agent.target_of[name])
     generator, data = torch.Generator().manual_seed(0), batch()
     for _ in range(5):
         mst.update_critics(agent, data, args, generator)
+        mst.update_actor(agent, data, args)
         mst.update_targets(agent, 0.3)
     data = batch(seed=2)
-    dense = plain_copy(mst, agent.qf1)  # the same function with plain layers: its gradients are those of all weights
-    y = targets(agent, data, copy_generator(generator))
-    layers = {name: dense.get_submodule(f"net.{name}") for name in mst.sparse_layers(agent.qf1)}
-    loss = F.mse_loss(dense(data.observations, data.actions), y)
+    dense = plain_copy(mst, net)  # the same function with plain layers: its gradients are those of all weights
+    layers = {name: dense.get_submodule(f"net.{name}") for name in mst.sparse_layers(net)}
+    if part == "critic":
+        y = targets(agent, data, copy_generator(generator))
+        loss = F.mse_loss(dense(data.observations, data.actions), y)
+    else:
+        loss = -agent.qf1(data.observations, dense(data.observations)).mean()
     gradients = torch.autograd.grad(loss, [layer.weight for layer in layers.values()])
     wanted = {
         name: mst.new_positions(layer, grad.abs(), 0.2)
-        for (name, layer), grad in zip(mst.sparse_layers(agent.qf1).items(), gradients, strict=True)
+        for (name, layer), grad in zip(mst.sparse_layers(net).items(), gradients, strict=True)
     }
-    before = {name: (layer.E, layer.sparse_weight().detach()) for name, layer in mst.sparse_layers(agent.qf1).items()}
-    others = [p.detach().clone() for name, p in agent.qf1.named_parameters() if "active" not in name]
-    mst.update_critics(agent, data, args, generator, drop=0.2)
-    assert all(map(torch.equal, others, [p for name, p in agent.qf1.named_parameters() if "active" not in name]))
-    grown = 0
-    for name, layer in mst.sparse_layers(agent.qf1).items():
+    before = {name: (layer.E, layer.sparse_weight().detach()) for name, layer in mst.sparse_layers(net).items()}
+    others = [p.detach().clone() for name, p in net.named_parameters() if "active" not in name]
+    if part == "critic":
+        mst.update_critics(agent, data, args, generator, drop=0.2)
+    else:
+        mst.update_actor(agent, data, args, drop=0.2)
+    assert all(map(torch.equal, others, [p for name, p in net.named_parameters() if "active" not in name]))
+    optimizer, grown = agent.q_optimizer if part == "critic" else agent.actor_optimizer, 0
+    for name, layer in mst.sparse_layers(net).items():
         E, W = before[name]
         new, goes_on = layer.E & ~E, layer.E & E
         assert torch.equal(layer.positions, wanted[name])
         grown += int(new.sum())
         assert torch.equal(layer.sparse_weight()[goes_on], W[goes_on]) and not layer.sparse_weight()[new].any()
-        target = mst.sparse_layers(agent.qf1_target)[name]
-        assert not target.sparse_weight()[new].any() and target.sparse_weight()[goes_on].all()
-        state = agent.q_optimizer.state[layer.active_weights]
+        there = mst.sparse_layers(target)[name].sparse_weight()
+        assert not there[new].any() and there[goes_on].all()
+        state = optimizer.state[layer.active_weights]
         is_new = new.flatten()[layer.positions]
         for moment in ("exp_avg", "exp_avg_sq"):
             assert not state[moment][is_new].any() and state[moment][~is_new].any()
@@ -380,6 +396,8 @@ def test_diagnostics_of_a_network(mst):
     for _ in range(60):
         obs, action, after = rng.normal(size=11), rng.uniform(-1, 1, 3), rng.normal(size=11)
         rb.add(observations=obs, actions=action, next_observations=after, rewards=rng.normal(), dones=False)
+    agent.qf1.net.embedding.weight.data[:, 11:] *= 10  # which units sleep depends on the actions
+    agent.qf1.net.block1.net.fc1.bias.data.fill_(-2)
     before = torch.get_rng_state(), {n: p.clone() for n, p in agent.qf1.named_parameters()}
     hook = agent.qf1.net.block1.net.relu.register_forward_hook(lambda *_: torch.rand(1) and None)  # a fork that draws
     row = mst.diagnose(agent, rb, args, 7)
@@ -389,13 +407,15 @@ def test_diagnostics_of_a_network(mst):
     hook.remove()
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in agent.qf1.modules())
     data = rb.sample(args.batch_size, torch.Generator().manual_seed(7))
-    parts, h, hidden = agent.qf1.net, torch.cat([agent.qf1.norm(data.observations), data.actions], 1), []
-    h = parts.embedding(h)
-    for block in (parts.block1, parts.block2):
-        hidden.append(torch.relu(block.net.fc1(block.net.norm(h))))
-        h = h + block.net.fc2(hidden[-1])
-    features = parts.norm(h).detach()
-    assert row["plasticity/qf1/dormant"] == pytest.approx(mst.dormant_share([x.detach() for x in hidden]))
+    shares, parts = [], agent.qf1.net
+    for actions in (agent.actor(data.observations).detach(), data.actions):  # the critic's loss has the latter
+        h, hidden = parts.embedding(torch.cat([agent.qf1.norm(data.observations), actions], 1)), []
+        for block in (parts.block1, parts.block2):
+            hidden.append(torch.relu(block.net.fc1(block.net.norm(h))).detach())
+            h = h + block.net.fc2(hidden[-1])
+        features = parts.norm(h).detach()
+        shares.append(mst.dormant_share(hidden))
+    assert row["plasticity/qf1/dormant"] == pytest.approx(shares[1]) != pytest.approx(shares[0])
     assert row["plasticity/qf1/srank"] == mst.srank(features)
     assert row["plasticity/qf1/feature_norm"] == pytest.approx(features.norm(dim=1).mean().item(), rel=1e-5)
     weights = torch.cat([p.flatten() for p in agent.qf1.parameters()])
@@ -447,53 +467,3 @@ def test_resume_in_the_middle_of_everything(mst, small, monkeypatch):
     assert 233 <= checkpoint_step(part) < 300 and read_meta(part)["exit_reason"] != "finished"
     mst.train(mst.Args(**(vars(mst.read_run(part)[1]) | {"resume": part})))
     assert_same_run(whole, part)
-
-
-BAD = {
-    ("--actor-nm", "2:4", "--actor-sparsity", "0.5"): "--actor-nm",
-    ("--critic-nm", "2:4", "--critic-regime", "dense"): "--critic-nm",
-    ("--critic-sparsity", "0.5", "--critic-regime", "dense"): "--critic-sparsity",
-    ("--critic-nm", ""): "N:M",
-    ("--critic-nm", "5:4"): "N:M",
-    ("--critic-nm", "2-4"): "N:M",
-    ("--critic-sparsity", "1"): "--critic-sparsity",
-    ("--actor-sparsity", "nan"): "--actor-sparsity",
-    ("--critic-sparsity", "0.999"): "leaves",
-}
-
-
-@pytest.mark.parametrize("argv", BAD)
-def test_bad_input_gets_one_line(mst, cli, argv):
-    code, out, err = cli(mst, *argv, "--no-track")
-    assert code == 2 and BAD[argv] in err and err.count("\n") == 1 and "Traceback" not in out + err
-
-
-SHORT = {"total_timesteps": 1100, "learning_starts": 100, "mask_update_interval": 100}
-WARNINGS = {  # options: whose masks do not change, why
-    ("mask_update_interval", 900): ("critic", "--mask-update-interval"),
-    ("mask_end", 0.0): ("critic", "--mask-end"),
-    ("drop_fraction", 0.0): ("critic", "--drop-fraction"),
-    ("critic_nm", "4:4"): ("critic", "nothing is inactive"),
-    ("critic_sparsity", 0.0): ("critic", "nothing is inactive"),
-    ("actor_regime", "set"): None,
-    ("critic_regime", "static"): None,
-}
-
-
-@pytest.mark.parametrize("change", WARNINGS)
-def test_masks_that_will_not_change_get_a_word(mst, capsys, change):
-    mst.warn_of_schedule(mst.Args(**SHORT | dict([change])))
-    err, wanted = capsys.readouterr().err, WARNINGS[change]
-    assert err.count("warning") == (wanted is not None)
-    assert wanted is None or (f"the {wanted[0]}'s masks" in err and wanted[1] in err)
-
-
-def test_names(mst):
-    names = {
-        (): "static60-rigl60",
-        ("critic_regime", "static"): "static60-static60",
-        ("critic_nm", "2:4"): "static60-rigl2of4",
-    }
-    for change, name in names.items():
-        assert mst.pattern(mst.Args(**dict([change] if change else []))) == name
-    assert mst.pattern(mst.Args(actor_regime="dense", critic_regime="dense")) == "dense"

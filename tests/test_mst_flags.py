@@ -1,0 +1,52 @@
+"""MST's flags: bad input, masks that will not change, names of runs."""
+
+import pytest
+
+BAD = {
+    ("--actor-nm", "2:4", "--actor-sparsity", "0.5"): "--actor-nm",
+    ("--critic-nm", "2:4", "--critic-regime", "dense"): "--critic-nm",
+    ("--critic-sparsity", "0.5", "--critic-regime", "dense"): "--critic-sparsity",
+    ("--critic-nm", ""): "N:M",
+    ("--critic-nm", "5:4"): "N:M",
+    ("--critic-nm", "2-4"): "N:M",
+    ("--critic-sparsity", "1"): "--critic-sparsity",
+    ("--actor-sparsity", "nan"): "--actor-sparsity",
+    ("--critic-sparsity", "0.999"): "leaves",
+}
+
+
+@pytest.mark.parametrize("argv", BAD)
+def test_bad_input_gets_one_line(mst, cli, argv):
+    code, out, err = cli(mst, *argv, "--no-track")
+    assert code == 2 and BAD[argv] in err and err.count("\n") == 1 and "Traceback" not in out + err
+
+
+SHORT = {"total_timesteps": 1100, "learning_starts": 100, "mask_update_interval": 100}
+WARNINGS = {  # options: whose masks do not change, why
+    ("mask_update_interval", 900): ("critic", "--mask-update-interval"),
+    ("mask_end", 0.0): ("critic", "--mask-end"),
+    ("drop_fraction", 0.0): ("critic", "--drop-fraction"),
+    ("critic_nm", "4:4"): ("critic", "nothing is inactive"),
+    ("critic_sparsity", 0.0): ("critic", "nothing is inactive"),
+    ("actor_regime", "set"): None,
+    ("critic_regime", "static"): None,
+}
+
+
+@pytest.mark.parametrize("change", WARNINGS)
+def test_masks_that_will_not_change_get_a_word(mst, capsys, change):
+    mst.warn_of_schedule(mst.Args(**SHORT | dict([change])))
+    err, wanted = capsys.readouterr().err, WARNINGS[change]
+    assert err.count("warning") == (wanted is not None)
+    assert wanted is None or (f"the {wanted[0]}'s masks" in err and wanted[1] in err)
+
+
+def test_names(mst):
+    names = {
+        (): "static60-rigl60",
+        ("critic_regime", "static"): "static60-static60",
+        ("critic_nm", "2:4"): "static60-rigl2of4",
+    }
+    for change, name in names.items():
+        assert mst.pattern(mst.Args(**dict([change] if change else []))) == name
+    assert mst.pattern(mst.Args(actor_regime="dense", critic_regime="dense")) == "dense"
