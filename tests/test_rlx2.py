@@ -327,10 +327,32 @@ def test_policy_distance_and_shrinking_by_hand(rlx2):
     rb.add(), rb.add()  # rows 80 and 81 go to places 0 and 1; the left end is already past them
     assert rb.oldest == 8 and len(rb) == 74
     assert rlx2.shrink_replay(rb, agent.actor, args)["replay/policy_distance"] == pytest.approx(0.3125 * 24 / 32)
+    assert rb.oldest == 8 + 7  # a tenth of what counts, not of all that came
     for rows, threshold, left in ((60, 0.2, 60), (61, 0.2, 55), (75, 0.3125, 75), (75, 0.3124, 68)):
         args.buffer_threshold = threshold
         rb = filled(rows, lambda *_: bias + scale * torch.tensor([0.5, 0.0]))
         assert rlx2.shrink_replay(rb, agent.actor, args)["replay/size"] == len(rb) == left
+
+
+def test_replay_keeps_the_policy_s_own_action_and_how_an_episode_ended(rlx2, small, monkeypatch):
+    rows, means, act, add = [], [], rlx2.act, rlx2.ReplayBuffer.add
+    monkeypatch.setattr(rlx2, "act", lambda actor, obs: means.append(act(actor, obs)) or means[-1])
+    monkeypatch.setattr(
+        rlx2.ReplayBuffer, "add", lambda rb, **row: (rows.append(row | {"mean": means[-1]}), add(rb, **row))
+    )
+    args = small(rlx2, env_id="ReachShort-v0")
+    rlx2.train(args)
+    for row in rows[: args.learning_starts]:  # random actions: the distance of the first data is to these
+        assert np.array_equal(row["policy_actions"], row["actions"])
+    for row in rows[args.learning_starts :]:
+        assert torch.equal(row["policy_actions"], row["mean"]) and not np.array_equal(row["mean"], row["actions"])
+    assert len(rows) == args.total_timesteps > args.learning_starts > 0
+    lengths = [0]
+    for row in rows:
+        lengths[-1] += 1
+        assert row["dones"] == (abs(row["next_observations"][0]) > 4) and row["truncations"] == (lengths[-1] == 25)
+        lengths += [0] * (row["dones"] or row["truncations"])
+    assert 25 in lengths[:-1] and min(lengths[:-1]) < 25
 
 
 @pytest.mark.parametrize("kernel", ["torch", "nm"])
