@@ -39,10 +39,8 @@ def test_correlation_by_hand():
     assert sa.correlation(*(group[None] for group in groups)) == pytest.approx(-1)
     assert sa.correlation(np.concatenate(groups)[None]) > 0
     assert len(sa.correlation(np.stack([pairs, pairs * [0, 1]]))) == 1  # constant: none
-    two, three = (
-        np.array([[1.0, 2], [2, 1]]),
-        np.array([[1.0, 1], [2, 2], [3, 3]]),
-    )  # ranks are shares of a group's runs
+    two = np.array([[1.0, 2], [2, 1]])  # of groups of unequal size ranks are shares of their runs
+    three = np.array([[1.0, 1], [2, 2], [3, 3]])
     norm = 2 * 0.25**2 + 2 / 9
     assert sa.correlation(two[None], three[None]) == pytest.approx((2 / 9 - 2 * 0.25**2) / norm)
 
