@@ -15,6 +15,8 @@ import pytest
 import yaml
 from conftest import ROOT, assert_same_run, flags, read_meta
 
+import run_grid
+
 SCRIPT = """
 import fcntl, hashlib, json, os, signal, sys, time
 from pathlib import Path
@@ -24,7 +26,8 @@ class Args:
 
 def parse_args(argv=None):
     args = Args()
-    vars(args).update(env_id="A-v0", seed=1, runs_dir="runs", resume=None, total_timesteps=20, n=0, mode="", track=True)
+    vars(args).update(env_id="A-v0", seed=1, runs_dir="runs", resume=None, total_timesteps=20, n=0, mode="")
+    vars(args).update(track=True, threads=1)
     argv = sys.argv[1:] if argv is None else argv
     for name, value in zip(argv[::2], argv[1::2]):
         key = name[2:].replace("-", "_")
@@ -44,23 +47,28 @@ def make_env(env_id):
 def code_hash(source):
     return hashlib.sha256(source.encode()).hexdigest()
 
+def write(path, text):
+    path.with_suffix(".tmp").write_text(text)
+    os.replace(path.with_suffix(".tmp"), path)  # a kill never leaves half of it
+
 def main():
     args = parse_args([word for word in sys.argv[1:] if word != "--track"])
     folder = Path(args.resume) if args.resume else Path(args.runs_dir, f"{args.env_id}-{os.getpid()}")
     folder.mkdir(parents=True, exist_ok=True)
     meta = {"script": Path(__file__).name, "args": vars(args) | {"resume": None}, "exit_reason": "running"}
-    meta |= {"code": code_hash(Path(__file__).read_text()), "tags": os.environ.get("WANDB_TAGS")}
+    meta |= {"code": code_hash(Path(__file__).read_text())}
+    meta |= {name: os.environ.get(name) for name in ("WANDB_TAGS", "OMP_NUM_THREADS")}
     if args.resume:
         meta = json.loads((folder / "meta.json").read_text())
         vars(args).update(meta["args"])
-    write = lambda **facts: (folder / "meta.json").write_text(json.dumps(meta | facts))
+    write_meta = lambda **facts: write(folder / "meta.json", json.dumps(meta | facts))
     file = open(folder / "metrics.csv", "a")
     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     checkpoint = folder / "checkpoint.pt"
     step = int(checkpoint.read_text()) if checkpoint.exists() else 0
     with open(Path(args.runs_dir, "started.txt"), "a") as log:
         log.write(f"{args.env_id} {args.n} s{args.seed} from {step} on {len(os.sched_getaffinity(0))} cores\\n")
-    write()
+    write_meta()
     print(f"{folder}: started", flush=True)
     stopped = []
     signal.signal(signal.SIGTERM, lambda *_: stopped.append(1))
@@ -68,23 +76,26 @@ def main():
     while step < args.total_timesteps:
         step += 1
         print(step, file=file, flush=True)
-        checkpoint.write_text(str(step))
+        write(checkpoint, str(step))
         time.sleep(0.02)
         if args.mode == "nan" and step == 5:
-            write(exit_reason="nan")
+            write_meta(exit_reason="nan")
             print("error: loss is NaN")
             return 1
         if args.mode == "always" and step >= 5 or args.mode == "once" and step == 5:
-            write(exit_reason="error")
+            write_meta(exit_reason="error")
             print("error: it broke at", step)
             return 1
         if args.mode == "input":
             print("error: bad file")
             return 2
-        if stopped:
-            write(exit_reason="sigterm")
+        if stopped and args.mode == "breaks":
+            print("error: the disk is full")
+            return 1
+        if stopped and args.mode != "deaf":
+            write_meta(exit_reason="sigterm")
             return 143
-    write(exit_reason="finished", final_score=float(args.seed + args.n), wall_time_s=60.0)
+    write_meta(exit_reason="finished", final_score=float(args.seed + args.n), wall_time_s=60.0)
     return 0
 
 if __name__ == "__main__":
@@ -96,14 +107,18 @@ if __name__ == "__main__":
 def grid(tmp_path):
     """grid(*commands, env_ids=, seeds=, wait=) -> (exit code, stdout, stderr), or the process."""
     (tmp_path / "toy.py").write_text(SCRIPT)
-    if os.environ.get("WANDB_TAGS"):
-        raise RuntimeError("WANDB_TAGS is set")
 
-    def call(*commands, env_ids=("A-v0",), seeds=(1, 2), more=(), wait=True):
+    def call(*commands, env_ids=("A-v0",), seeds=(1, 2), more=(), wait=True, tags=""):
         argv = [sys.executable, str(ROOT / "run_grid.py"), "--commands", *commands, "--env-ids", *env_ids, "--seeds"]
         argv += [*map(str, seeds), *map(str, more)]
         process = subprocess.Popen(
-            argv, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+            argv,
+            cwd=tmp_path,
+            env=os.environ | {"WANDB_TAGS": tags, "OMP_NUM_THREADS": "2"},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
         if not wait:
             return process
@@ -136,7 +151,7 @@ def test_a_grid_runs_once_and_is_reported(grid, tmp_path):
     assert (code, err) == (0, "")
     order = [f"{env} {n} s{seed} from 0" for seed in (1, 2) for env in ("A-v0", "B-v0") for n in (1, 2)]
     assert started(tmp_path) == order
-    assert {meta["tags"] for meta in metas(tmp_path)} == {"study"}
+    assert {(meta["WANDB_TAGS"], meta["OMP_NUM_THREADS"]) for meta in metas(tmp_path)} == {("study", "1")}
     rows = [re.split(r"  +", line) for line in out.splitlines() if re.match(r"toy --n", line)]
     spread = "0.7"  # the scores are n + seed: 2 and 3, or 3 and 4
     assert rows == [
@@ -152,10 +167,56 @@ def test_a_grid_runs_once_and_is_reported(grid, tmp_path):
 
 def test_what_makes_another_run(grid, tmp_path):
     assert grid("toy.py --n 1", seeds=(1,))[0] == 0
-    assert grid("toy.py --track x --n 1", seeds=(1,))[0] == 0  # tracking does not
+    assert grid("toy.py --track x --threads 2 --n 1", seeds=(1,))[0] == 0  # tracking and threads do not
     assert len(started(tmp_path)) == 1
-    assert grid("toy.py --n 1 --total-timesteps 21", seeds=(1,))[0] == 0
-    assert len(started(tmp_path)) == 2
+    assert grid("toy.py --n 1 --total-timesteps 21", seeds=(1,), more=("--name", "study"), tags="mine")[0] == 0
+    assert len(started(tmp_path)) == 2 and {meta["WANDB_TAGS"] for meta in metas(tmp_path)} == {"", "mine,study"}
+
+
+def test_labels():
+    """The script, and the flags that not all have; of one command all."""
+    assert run_grid.shorten(("a/b_continuous.py --n 1",)) == {"a/b_continuous.py --n 1": "b --n 1"}
+    labels = run_grid.shorten(("x.py --n 1 --m 8", "y.py --m 8 --k", "y.py --m  8"))
+    assert [*labels.values()] == ["x --n 1 --m 8", "y --m 8 --k", "y --m  8"]
+    assert [*run_grid.shorten(("x.py --n 1 --m 8", "y.py --m 8 --k")).values()] == ["x --n 1", "y --k"]
+
+
+def test_a_resumed_run_has_today_s_tracking_and_checkpoints(tmp_path):
+    flags = "--no-track --checkpoint-interval 50 --wandb-entity me --keep-replay --gamma 0.9"
+    command = f"{ROOT}/dense_td3_continuous.py {flags}"
+    run = run_grid.make_run(command, "dense", "toy_envs:Reach-v0", 3, str(tmp_path))
+    again = "--no-track --wandb-project-name nm-sparse-rl --wandb-entity me --checkpoint-interval 50 --no-capture-video"
+    assert run.resume_argv == again.split()
+    free = "runs_dir resume evaluate track wandb_project_name wandb_entity checkpoint_interval capture_video"
+    assert {*run.defaults} - {*run.identity} == {*free.split(), "keep_replay", "threads"}
+
+
+def test_which_of_a_run_s_folders_counts(tmp_path):
+    """The one of its own code before others, then a finished one, then the newest checkpoint; else none."""
+    run = run_grid.make_run(f"{ROOT}/dense_td3_continuous.py", "dense", "toy_envs:Reach-v0", 3, str(tmp_path))
+    folders = [  # best first: code, exit reason, age of its checkpoint in seconds
+        (run.code, "finished", 900),
+        (run.code, "error", 100),
+        (run.code, "running", 500),
+        ("other", "finished", 1),
+        ("other", "running", 1),
+    ]
+    found = []
+    for i, (code, reason, age) in enumerate(folders):
+        (tmp_path / str(i)).mkdir()
+        (tmp_path / str(i) / "checkpoint.pt").touch()
+        os.utime(tmp_path / str(i) / "checkpoint.pt", (1e9 - age, 1e9 - age))
+        meta = {"script": "dense_td3_continuous.py", "args": run.identity, "code": code, "exit_reason": reason}
+        found.insert(0, (tmp_path / str(i), meta))
+    (tmp_path / "no checkpoint").mkdir()
+    foreign = {"script": "rnm_td3_continuous.py"}, {"args": run.identity | {"seed": 4}}
+    rest = [(tmp_path / "0", found[-1][1] | change) for change in foreign]
+    rest += [(tmp_path / "no checkpoint", found[-1][1] | {"exit_reason": "error"})]
+    while found:
+        assert run_grid.look(run, found + rest) is found[-1][1]
+        folder, meta = found.pop()
+        assert run.folder == folder and run.state == ("finished" if meta["exit_reason"] == "finished" else "stopped")
+    assert run_grid.look(run, rest) == {} and (run.state, run.folder) == ("missing", None)
 
 
 def test_other_code_stops_the_grid_unless_accepted(grid, tmp_path):
@@ -220,6 +281,29 @@ def test_a_stopped_grid_goes_on(grid, tmp_path, number):
     assert "SIGINT reached" not in "".join(path.read_text() for path in tmp_path.glob("runs/grid/*.log"))
 
 
+def test_a_second_signal_kills(grid, tmp_path):
+    process = grid("toy.py --mode deaf --total-timesteps 3000", wait=False)
+    wait_for(lambda: len(started(tmp_path)) == len(list(tmp_path.glob("runs/*/checkpoint.pt"))) == 2)
+    process.send_signal(signal.SIGINT)
+    assert process.stdout.readline().startswith("started: ") and process.stdout.readline().startswith("started: ")
+    assert process.stdout.readline().startswith("stopping all runs")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 130
+    logs = list(tmp_path.glob("runs/grid/*.log"))
+    wait_for(lambda: not any(map(run_grid.lives, logs)), 5)  # no run is left
+    assert len(logs) == 2
+    process.communicate()
+
+
+def test_a_run_that_fails_while_it_stops(grid, tmp_path):
+    process = grid("toy.py --mode breaks --total-timesteps 3000", seeds=(1,), wait=False)
+    wait_for(lambda: list(tmp_path.glob("runs/*/checkpoint.pt")))
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 143 and out.count(" s1: exit code 1: error: the disk is full") == 2
+    assert "tried again" not in out and "stopped: " not in out and len(started(tmp_path)) == 1
+
+
 def test_a_stopped_grid_whose_reader_is_gone(grid, tmp_path):
     """In `run_grid.py ... | tee log` Ctrl-C takes tee, too; the exit code tells a shell loop to stop."""
     process = grid("toy.py --total-timesteps 100", seeds=(1,), wait=False)
@@ -269,6 +353,7 @@ def test_a_run_started_by_hand_is_waited_for(grid, tmp_path):
     (folder / "checkpoint.pt").write_text("7")
     with open(folder / "metrics.csv", "r+") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
+        assert grid("toy.py", seeds=(1,), more=("--dry-run",))[1].startswith("runs elsewhere  A-v0 toy s1, ")
         process = grid("toy.py", seeds=(1,), wait=False)
         assert process.stdout.readline() == "waiting for what lives elsewhere: A-v0 toy s1\n"
         assert len(started(tmp_path)) == 1
@@ -281,6 +366,7 @@ BAD = [
     (("toy.py --n -1",), "toy.py --n -1: --n must be at least 0"),
     (("gone.py",), "there is no script gone.py"),
     (("toy.py --seed 3",), "the grid itself sets --seed"),
+    (("toy.py --env_id=B-v0",), "the grid itself sets --env-id"),
     (("toy.py", "toy.py --n 0"), "the same run twice"),
     (("",), "there is no script"),
     (("toy.py --n '1",), "No closing quotation"),
@@ -331,8 +417,9 @@ def test_a_dry_run_changes_nothing(grid, tmp_path):
 def test_full_workers_have_a_core_each(grid, tmp_path):
     assert grid("toy.py", seeds=(1,))[0] == 0
     assert grid("toy.py", seeds=(2,), more=("--workers", 1))[0] == 0
+    assert grid("toy.py --threads 2", seeds=(3,))[0] == 0
     cores = [line.split(" on ")[1] for line in (tmp_path / "runs" / "started.txt").read_text().splitlines()]
-    assert cores == ["1 cores", f"{len(os.sched_getaffinity(0))} cores"]
+    assert cores == ["1 cores", *[f"{len(os.sched_getaffinity(0))} cores"] * 2]
 
 
 def test_the_real_scripts(dense, rnm, grid, tmp_path):
