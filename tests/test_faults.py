@@ -137,6 +137,21 @@ def test_full_disk_keeps_the_old_checkpoint(script, small, monkeypatch, cli):
     assert cli(script, "--resume", run, small=False)[0] == 0
 
 
+@pytest.mark.parametrize("size", [1000, 100_000])  # of the larger, torch says it with a RuntimeError
+def test_a_full_disk_is_an_oserror_and_leaves_the_old_file(dense, tmp_path, size):
+    path, limits = tmp_path / "x.pt", resource.getrlimit(resource.RLIMIT_FSIZE)
+    dense.write_atomic(path, lambda file: file.write(b"old"))
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2 * size, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large" if size == 1000 else "x.pt can't be written"):
+            dense.write_atomic(path, lambda file: torch.save(torch.zeros(size), file))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == b"old" and [*tmp_path.iterdir()] == [path]
+
+
 def test_evaluate_repeats_the_last_evaluation(script, small, cli):
     run = script.train(small(script))["run_dir"]
     row = read_rows(run)[-1]
@@ -178,7 +193,9 @@ def test_wandb_never_costs_a_run(dense, cli, monkeypatch, tmp_path, mode):
     assert os.environ.get("WANDB_MODE") == mode  # the next run in this process makes its own choice
 
 
-@pytest.mark.parametrize(("tags", "wanted"), [("paper,second try", {"paper", "second try"}), ("", set())])
+@pytest.mark.parametrize(
+    ("tags", "wanted"), [("paper,second try", {"paper", "second try"}), ("x" * 65, {"x" * 64}), ("", set())]
+)
 def test_wandb_tags_of_the_user_are_added(rnm, cli, monkeypatch, tmp_path, tags, wanted):
     import wandb
 

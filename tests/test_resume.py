@@ -143,9 +143,30 @@ def test_clocks_go_on_after_a_resume(dense, small, monkeypatch, cli):
     for clock, most in zip(clocks, took, strict=True):
         times = [float(row[clock]) for row in rows]
         assert times == sorted(times) and before[clock] < times[-1] < before[clock] + most
-    row = next(row for row in rows if row["global_step"] == "1000")
-    assert 0.5 * 1000 / float(row["charts/wall_time_s"]) < float(row["charts/SPS"])
-    assert float(row["charts/update_ms"]) * 0.9 < float(row["charts/wall_time_s"])  # 900 updates
+
+
+def test_speeds_by_a_clock_of_the_test_s_own(dense, small, monkeypatch):
+    """A step takes 10 ms, an update 50 more, of which the CPU works half; an evaluation is no training time."""
+    now = np.zeros(2)
+
+    def slow(place, name, *seconds):
+        function = getattr(place, name)
+
+        def slow_function(*args, **options):
+            now[:] += seconds
+            return function(*args, **options)
+
+        monkeypatch.setattr(place, name, slow_function)
+
+    slow(dense.ReplayBuffer, "add", 0.01, 0.005)
+    slow(dense, "update_agent", 0.05, 0.025)
+    slow(dense, "evaluate", 100.0, 100.0)
+    monkeypatch.setattr(dense, "clock", now.copy)
+    run = dense.train(small(dense, total_timesteps=3000, learning_starts=1500, eval_interval=1000))["run_dir"]
+    names = "charts/SPS", "charts/update_ms", "charts/wall_time_s", "charts/cpu_time_s"
+    rows = {row["global_step"]: [float(row[name] or 0) for name in names] for row in read_rows(run, clocks=True)}
+    wanted = [[1000 / 10, 0, 10, 5], [1000 / 35, 50, 45, 22.5], [1000 / 60, 50, 105, 52.5]]  # 0, 500, 1000 updates
+    assert np.allclose([rows["1000"], rows["2000"], rows["3000"]], wanted)
 
 
 def test_evaluations_and_checkpoints_are_no_training_time(dense, small, monkeypatch):
@@ -200,6 +221,22 @@ def test_resume_with_other_code_warns_in_one_line(rnm, small, monkeypatch, cli, 
     hashes = [rnm.code_hash(text) for text in (source, fork.read_text())]
     assert code == 0 and err == "warning: not bit for bit, code was {}, is {}\n".format(*hashes)
     assert read_meta(run)["code"] == hashes[0] and read_meta(run)["resumed"][0]["code"] == hashes[1]
+
+
+def test_each_resume_is_recorded_and_another_kernel_is_said(rnm, small, monkeypatch, cli):
+    with monkeypatch.context() as patch:
+        stop_at(patch, rnm, 110)
+        run = rnm.train(small(rnm, kernel="auto"))["run_dir"]
+    assert read_meta(run)["kernel"] == "nm"
+    with monkeypatch.context() as patch:
+        stop_at(patch, rnm, 210)
+        assert cli(rnm, "--resume", run, small=False)[::2] == (143, "")
+    monkeypatch.setattr(rnm, "use_kernel", lambda *_: "torch")  # as without a compiler
+    code, _, err = cli(rnm, "--resume", run, small=False)
+    assert code == 0 and err == "warning: not bit for bit, kernel was nm, is torch\n"
+    meta = read_meta(run)
+    assert meta["kernel"] == "nm" and [again["kernel"] for again in meta["resumed"]] == ["nm", "torch"]
+    assert 0 < meta["resumed"][0]["global_step"] < meta["resumed"][1]["global_step"]
 
 
 @pytest.mark.parametrize("name", ["rlx2", "mst"])

@@ -203,6 +203,12 @@ def test_runs_that_start_within_a_second_have_folders_of_their_own(dense, small,
     assert len(runs) == 2 and all(read_meta(run)["exit_reason"] == "finished" for run in runs)
 
 
+def test_a_name_is_one_folder_whatever_it_holds(dense, small, tmp_path):
+    args = small(dense, exp_name="../a b/é*", total_timesteps=1, env_id="toy_envs:Reach-v0", runs_dir=str(tmp_path))
+    name = Path(dense.train(args)["run_dir"]).name
+    assert name.startswith("toy_envs-Reach-v0__..-a-b-é-__s1__") and [x.name for x in tmp_path.iterdir()] == [name]
+
+
 def test_global_generators_are_seeded_and_evaluation_leaves_them_alone(script, small, monkeypatch):
     draws, modes = draw_everywhere(script, monkeypatch)
 
