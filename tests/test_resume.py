@@ -226,7 +226,7 @@ def test_resume_with_other_code_warns_in_one_line(rnm, small, monkeypatch, cli, 
 def test_each_resume_is_recorded_and_another_kernel_is_said(rnm, small, monkeypatch, cli):
     with monkeypatch.context() as patch:
         stop_at(patch, rnm, 110)
-        run = rnm.train(small(rnm, kernel="auto"))["run_dir"]
+        run = rnm.train(small(rnm, kernel="nm"))["run_dir"]
     assert read_meta(run)["kernel"] == "nm"
     with monkeypatch.context() as patch:
         stop_at(patch, rnm, 210)
@@ -278,7 +278,8 @@ def test_bad_resumes_are_refused_by_name(rnm, dense, small, cli, monkeypatch, tm
     path = run / "checkpoint.pt"
     checkpoint = path.read_bytes()
     with zipfile.ZipFile(path) as parts:
-        largest = parts.read(max(parts.infolist(), key=lambda part: part.file_size))
+        tensors = [part for part in parts.infolist() if "/data/" in part.filename]
+        largest = parts.read(max(tensors, key=lambda part: part.file_size))  # torch.load would not see a change in it
     flipped = bytearray(checkpoint)
     flipped[checkpoint.index(largest) + len(largest) // 2] ^= 1  # one bit, in what is neither a header nor padding
     for damage in (checkpoint[: len(checkpoint) // 2], b"", b"no checkpoint", flipped):
