@@ -172,6 +172,9 @@ def test_each_product_is_checked(monkeypatch, batch):
         assert [complaint.split(" of ")[0] for complaint in content["wrong"]] == [f"N:M 1:4 {name}"]
         assert {key[2] for key in found if key[0] == "N:M"} == set(bench.PRODUCTS) - {name}
         assert not content["unsupported"]
+    exact = torch.arange(10.0).double()
+    assert bench.check([exact[:8], exact[8:]], exact, "N:M") is None
+    assert bench.check([exact[:8], exact[8:] + 0.001], exact, "N:M") == "error 1.1e-04"  # the biases' gradient
 
 
 def test_a_wrong_actor_is_named(monkeypatch):
@@ -220,6 +223,8 @@ def test_noise(monkeypatch, tmp_path, capsys):
     rows += [row | {"implementation": "N:M", "product": "all three"}]
     assert "by 20.0% (median; at most\n25.0%)" in (text := bench.describe_noise(rows))
     assert "spreads over 20.0% of their time\n(median; at most 20.0%)" in text
+    calm = [row | {"x_torch_fp32": 1.0} for row in rows]
+    assert "too noisy: conclude nothing from differences below 40%" in bench.describe_noise(calm)  # by N:M's spread
 
 
 def test_a_full_disk(monkeypatch, tmp_path, capsys):
@@ -388,6 +393,17 @@ def test_the_actor_and_the_figure_by_hand(monkeypatch):
     (ax,) = bench.draw_speedup({"layers": rows, "conditions": {"gpu": None}}).axes
     levels = {line.get_ydata()[0] for line in ax.lines if line.get_linestyle() == ":"}
     assert levels == {2, 16} and [2.0, 4.0] in [list(line.get_ydata()) for line in ax.lines]
+
+
+def test_the_cost_of_a_mask_by_hand(monkeypatch):
+    monkeypatch.setattr(bench, "time_once", lambda steps: dict(zip(steps, (30e-6, 10e-6), strict=True)))
+    row = {"inputs": 8, "outputs": 8, "batch": 256, "implementation": "N:M", "product": "all three", "us": 20.0}
+    rows = [row | {"pattern": "1:4"}, row | {"pattern": "1:4", "batch": 1}, row | {"pattern": "1:4", "outputs": 4}]
+    content = {"layers": [*rows, row | {"pattern": "90%", "implementation": "any"}], "masks": []}
+    bench.measure_masks(bench.Args(patterns=("1:4", "90%")), content)
+    shares = {"share_at_K_100": 0.02, "share_at_K_1000": 0.002, "share_at_K_10000": 0.0002}
+    place = {"width": 8, "pattern": "1:4", "batch": 256}
+    assert content["masks"] == [place | {"project_us": 30.0, "index_us": 10.0} | shares]
 
 
 def test_tables():

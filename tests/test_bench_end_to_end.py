@@ -1,6 +1,7 @@
 """nm_kernel_bench.py --end-to-end on a task of seconds."""
 
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -71,9 +72,14 @@ def test_ratios_and_failures(monkeypatch, tmp_path, capsys):
         "",
     ] in lines  # against two dense
     assert ["SB3", "150", "150-150", "", "321", "0.75", "1.00", ""] in lines
-    (ax,) = bench.draw_training(json.loads((tmp_path / "results.json").read_text())).axes
+    content = json.loads((tmp_path / "results.json").read_text())
+    (ax,) = bench.draw_training(content).axes
     assert [bar.get_width() for bar in ax.patches] == [200, 400, 150, 900, 1000, 1100]
     assert ax.texts[-1].get_text() == "1,100 (5.5 times dense)" and (tmp_path / "end_to_end.png").exists()
+    del content["rate_update_ms_peak_mib"]["dense, torch.compile"]
+    assert (
+        bench.first_rows(content)[1].items() >= {"name": "best dense fp32 (oneDNN)", "rate": 300, "dense": 1.5}.items()
+    )
 
 
 def test_a_failing_configuration_is_left_out(monkeypatch, tmp_path, capsys):
@@ -85,6 +91,37 @@ def test_a_failing_configuration_is_left_out(monkeypatch, tmp_path, capsys):
     assert capsys.readouterr().err.count("no such luck") == 1  # it is not tried again
     content = json.loads((tmp_path / "results.json").read_text())
     assert content["rate_update_ms_peak_mib"] == {"1:8": [[100.0, 1.5, 321.0]] * 2}
+
+
+STAND_IN = """
+import os, sys
+folder = sys.argv[1].partition("=")[2]
+(core,) = os.sched_getaffinity(0)
+assert sys.argv[2] == "--threads=1" and os.environ["OMP_NUM_THREADS"] == "1"
+os.mkdir(folder + "/run")
+with open(folder + "/run/metrics.csv", "w") as file:
+    file.write("global_step,charts/SPS,charts/update_ms\\n1000,9999,99\\n2000,9999,99\\n2500,,\\n")
+    for step, speed in (3000, 100), (4000, 200), (5000, 900):
+        file.write(f"{step},{speed + core},{speed / 100}\\n")
+"""
+
+
+@pytest.mark.skipif(bench.CORES < 2, reason="one core")
+def test_a_run_is_timed_after_its_warm_up_and_copies_have_cores_of_their_own(monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "7")
+    *_, a, b = sorted(bench.os.sched_getaffinity(0))
+    rate, ms, mib = bench.run_once(bench.Run(["-c", STAND_IN]))
+    assert (rate, ms) == (200 + b, 2) and 1 < mib < 1000
+    assert bench.run_once(bench.Run(["-c", STAND_IN], copies=2))[:2] == (400 + a + b, 2)
+
+
+def test_an_interrupted_run_is_killed(monkeypatch):
+    started, popen = [], subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", lambda *a, **k: started.append(popen(*a, **k)) or started[-1])
+    monkeypatch.setattr(bench, "wait_for", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        bench.run_once(bench.Run(["-c", "import time; time.sleep(600)"]))
+    assert started[0].wait(10) == -signal.SIGKILL
 
 
 def test_ctrl_c(monkeypatch, tmp_path):
@@ -114,6 +151,8 @@ def test_configurations(monkeypatch, tmp_path):
     assert all("--device=cuda" in found[f"{name}, GPU"].command for name in ("dense", "2:4", "1:4", "1:8"))
     assert found["RLx2 96/88"].command[1:] == [*found["RLx2 96/88, one-step targets"].command[1:], "--delay-nstep=0"]
     assert {"--actor-sparsity=0.96", "--critic-sparsity=0.88"} <= {*found["RLx2 96/88"].command}
+    assert found["SB3"].command[2:] == ["stable_baselines3", "Ant-v4", "256", "3000"]
+    assert found["SBX (JAX)"].command[2:] == ["sbx", "Ant-v4", "256", "3000"]
     args.labels, args.env_id = ("dense", "RLx2 98/95"), "Hopper-v4"
     assert [*bench.configurations(args)] == ["dense", "RLx2 98/95"]
     narrow = bench.narrow_hidden_dim("Ant-v4", 256, "1:8")
