@@ -2,6 +2,7 @@
 
 import csv
 import importlib.util
+import itertools
 import os
 import signal
 import sys
@@ -235,7 +236,7 @@ def test_a_policy_that_plain_layers_do_not_give_is_refused(forks, tmp_path):
 
 
 def test_an_edit_that_the_kernels_would_miss_is_an_error(forks, small):
-    text = SOURCE.replace("a[i] += b[i];", "a[i] += 2 * b[i];")  # in the C code
+    text = SOURCE.replace("a[i] += b[i];", "a[i] = 1.006f * (a[i] + b[i]);")  # in the C code: outputs 2 % off
     assert text != SOURCE
     EDITS["C code"] = [(SOURCE, text)]
     try:
@@ -245,6 +246,29 @@ def test_an_edit_that_the_kernels_would_miss_is_an_error(forks, small):
     with pytest.raises(module.UserError, match=r"actor.*--kernel torch"):
         module.train(small(module, n=1, m=4, hidden_dim=16, kernel="nm"))
     assert module.train(small(module, n=1, m=4, hidden_dim=16, kernel="torch"))["exit_reason"] == "finished"
+
+
+def assert_same_under_hooks(net, plain, x):
+    """Each kind of hook, and weights of its own, on a layer and where it can be on a ReLU."""
+    kinds = {
+        "register_forward_pre_hook": lambda _module, x: (3 * x[0],),
+        "register_forward_hook": lambda _module, _x, y: 3 * y,
+        "register_full_backward_pre_hook": lambda _module, dy: (3 * dy[0],),
+        "register_full_backward_hook": lambda _module, dx, _dy: (3 * dx[0],),
+    }
+    for name, (kind, hook) in itertools.product(("fc2", "relu2"), kinds.items()):
+        results, handles = [], [getattr(getattr(net, name), kind)(hook) for net in (net, plain)]
+        for own in (net, plain):
+            y = own(x)
+            results.append([y, *torch.autograd.grad(y.sum(), [*own.parameters()][:2])])  # of the first layer
+        for a, b in zip(*results, strict=True):
+            assert torch.allclose(a, b, atol=1e-4), (name, kind)
+        for handle in handles:
+            handle.remove()
+    for own in (net, plain):
+        own.fc2.sparse_weight = lambda weight=own.fc2.sparse_weight: 2 * weight()
+    assert torch.allclose(net(x), plain(x), atol=1e-5)
+    del net.fc2.sparse_weight, plain.fc2.sparse_weight
 
 
 def test_hooks_and_other_inputs_are_honoured(forks):
@@ -260,6 +284,7 @@ def test_hooks_and_other_inputs_are_honoured(forks):
         assert torch.allclose(net.net(case), plain.net(case), atol=1e-5)
     assert torch.allclose(module.copy.deepcopy(net).double().net(x.double()), plain.double().net(x.double()))
     plain.float()
+    assert_same_under_hooks(net.net, plain.net, x)
     seen = []
     handle = net.net.relu1.register_forward_hook(lambda _module, _x, y: seen.append(y) or 2 * y)
     plain_handle = plain.net.relu1.register_forward_hook(lambda _module, _x, y: 2 * y)
@@ -300,6 +325,9 @@ def odd_parameters():
 
     def new_mask(net):
         net.net.fc2.set_mask(net.net.fc2.E.roll(1, 1))
+
+    def other_positions(net):
+        net.net.fc2.positions = net.net.fc2.E.roll(1, 1).flatten().nonzero()[:, 0]
 
     return [f for f in locals().values() if callable(f)]
 
@@ -420,7 +448,23 @@ def test_the_comparison_at_the_start_changes_nothing(forks, capsys):
 
     networks |= {"actor": Told(env, 32), "qf2": Three(env, 32)}
     agent = module.Agent(module.sparsify(networks, args), lr=args.learning_rate)
-    assert module.use_kernel(args, agent, env) == "nm"
+    generator = torch.get_rng_state()
+    assert module.use_kernel(args, agent, env) == "nm" and torch.equal(torch.get_rng_state(), generator)
     assert agent.qf1.net.norm.num_batches_tracked == 0 and not agent.qf1.net.norm.running_mean.any()
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "qf2 was not compared with --kernel torch: " in err and "taus" in err
+
+
+def test_which_kernel_auto_takes(forks, monkeypatch):
+    """Without AVX 2:4 is slower than dense; N = M is dense. What is typed is done."""
+    module = forks("unedited")
+    lanes = module.load_kernels().nm_lanes
+    wanted = {(2, 4, 64): "nm", (2, 4, 16): "torch", (1, 4, 16): "nm", (4, 4, 64): "torch"}
+    for (n, m, found), kernel in wanted.items():
+        for typed in ("auto", "nm", "torch"):
+            args = module.Args(env_id="Reach-v0", n=n, m=m, hidden_dim=32, kernel=typed)
+            env = module.make_env(args.env_id)
+            agent = module.Agent(module.sparsify(module.make_networks(args, env), args), lr=args.learning_rate)
+            first = iter([found])  # the question whether there is AVX
+            monkeypatch.setattr(module.load_kernels(), "nm_lanes", lambda first=first: next(first, None) or lanes())
+            assert module.use_kernel(args, agent, env) == (kernel if typed == "auto" else typed)
