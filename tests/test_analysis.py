@@ -218,7 +218,8 @@ def test_thinned_runs_tell_the_same(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sa, "draw", lambda *_: [])
     for seed in (1, 2):
         make_run(tmp_path / f"runs/dense_{seed}", seed=seed, n=None, args={"total_timesteps": 60_000})
-        make_run(tmp_path / f"runs/sparse_{seed}", seed=seed, score=120.0 + seed, args={"total_timesteps": 60_000})
+        options = {"total_timesteps": 60_000, "runs_dir": "/home/me"}
+        make_run(tmp_path / f"runs/sparse_{seed}", seed=seed, score=120.123456 + seed, args=options)
     argv = ("--no-track", "--out", tmp_path / "a", "--thin", tmp_path / "thin")
     assert run(monkeypatch, capsys, tmp_path / "runs", *argv)[0] == 0
     assert run(monkeypatch, capsys, tmp_path / "thin", "--no-track", "--out", tmp_path / "b")[0] == 0
@@ -233,6 +234,14 @@ def test_thinned_runs_tell_the_same(monkeypatch, capsys, tmp_path):
     pd.testing.assert_frame_equal(thin.curves, whole.curves.loc[kept])
     for net, E in whole.masks.items():
         pd.testing.assert_frame_equal(thin.masks[net], E.loc[kept, kept])
+    refreshes = {name: x.curve("sad/qf1") for name, x in (("whole", whole), ("thin", thin))}
+    assert len(refreshes["whole"]) == 58 > len(refreshes["thin"]) >= 40
+    assert np.allclose(refreshes["thin"], refreshes["whole"][refreshes["thin"].index], rtol=1e-11)
+    assert thin.args == whole.args | {"runs_dir": "runs"} and thin.meta["final_score"] == whole.meta["final_score"]
+    for window in range(6000, 30_000, 1000):  # whatever K and steps of other runs make of it
+        sa.thin_run(whole, tmp_path / str(window), window)
+        own = sa.load_run(tmp_path / str(window) / "sparse_1")
+        assert [sa.settled_sad(own, x) for x in (window, 6000)] == [sa.settled_sad(whole, x) for x in (window, 6000)]
     before = (tmp_path / "thin/sparse_1/sad.npz").read_bytes()
     code, _, err = run(monkeypatch, capsys, tmp_path / "runs", "--no-track", "--thin", tmp_path / "thin")
     assert code == 2 and "exists already" in err and (tmp_path / "thin/sparse_1/sad.npz").read_bytes() == before
@@ -274,7 +283,7 @@ DAMAGE = {
     "no metrics.csv": (OTHER, lambda d: (d / "metrics.csv").unlink()),
     "no masks.npz": (OTHER, lambda d: (d / "masks.npz").unlink()),
     "a row less": ("metrics.csv ends at step", lambda d: swap(d / "metrics.csv", "\n30000,", "\n29999,")),
-    "another score": ("damaged: final score", lambda d: edit(d, final_score=1e9)),
+    "another score": ("damaged: final score", lambda d: edit(d, final_score=80.00001)),
     "flipped bits": (OTHER, lambda d: flip(d / "masks.npz")),
     "masks that end early": ("damaged: the last sad_initial/actor", lambda d: fewer(d)),
     "no arguments": (OTHER, lambda d: edit(d, args={})),
@@ -296,8 +305,10 @@ def test_runs_that_cant_be_used_are_named(tmp_path, damage):
 def test_doubled_rows_are_merged(tmp_path):
     path = make_run(tmp_path / "a") / "metrics.csv"
     lines = path.read_text().splitlines(keepends=True)
-    path.write_text("".join([*lines[:3], *lines[2:]]))
-    assert sa.load_run(tmp_path / "a").metrics.index.is_unique
+    earlier = lines[2].rpartition(",")[0] + ",99.0\n"  # by another clock
+    path.write_text("".join([*lines[:2], earlier, *lines[2:]]))
+    metrics = sa.load_run(tmp_path / "a").metrics
+    assert metrics.index.is_unique and 99.0 not in metrics.to_numpy()
 
 
 def test_bad_input(monkeypatch, capsys, tmp_path):

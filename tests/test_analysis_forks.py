@@ -196,3 +196,34 @@ def test_masks_that_are_not_along_rows_are_named(tmp_path):
     (study,), _, _ = load(tmp_path)
     assert [*labels(study)] == ["1:4, masks not 1:4 along rows"]
     assert study.plain("1:4", 256) is None
+    for place, rowwise in ((0, False), (7, True), (-1, False)):  # of the first and the last mask this is asked
+        folder = make_run(tmp_path / f"at {place}" / "a")
+        with np.load(folder / "masks.npz") as file:
+            arrays = dict(file)
+        for name in ("qf1.fc1", "qf1.fc2"):
+            arrays[name][place] = arrays[name][place, ::-1]
+        np.savez_compressed(folder / "masks.npz", **arrays)
+        frame = pd.read_csv(folder / "metrics.csv")
+        if place in (0, -1):  # the distance that is checked, too, is another one
+            frame.loc[:, frame.columns.str.startswith("sad_initial/qf1")] = np.nan
+        frame.to_csv(folder / "metrics.csv", index=False)
+        assert sa.load_run(folder).rowwise is rowwise, place
+
+
+def test_the_plain_configuration_has_all_at_its_default(tmp_path):
+    """However many seeds the others have."""
+    make_run(tmp_path / "plain")
+    for seed in (1, 2):
+        make_run(tmp_path / f"fast_{seed}", seed=seed, args={"mask_update_interval": 100})
+        make_run(tmp_path / f"head_{seed}", seed=seed, args={"sparse_head": True})
+    (study,), _, _ = load(tmp_path)
+    assert study.plain("1:4", 256).label == "1:4" and len(study.configurations) == 3
+
+
+def test_what_is_no_rlx2_is_not_named_so():
+    names = {(3, True): "RLx2", (2, True): "RigL + n = 2 + dynamic buffer", (1, True): "RigL + dynamic buffer"}
+    names |= {(3, False): "RigL + n = 3", (1, False): "RigL"}
+    for (nstep, dynamic), name in names.items():
+        args = {"topology": "rigl", "nstep": nstep, "dynamic_buffer": dynamic}
+        meta = {"n": None, "pattern": "rigl_90_85", "args": args | {"actor_sparsity": 0.9, "critic_sparsity": 0.85}}
+        assert sa.find_pattern(meta) == f"{name} 90/85"
