@@ -58,3 +58,27 @@ def test_the_pages_have_the_tables_of_their_runs(capsys):
     assert len(tables) == 2
     for folder, table in zip(("rlx2", "mst"), tables, strict=True):
         assert table.count("\n") == 1 or table in (ROOT / f"results/{folder}/README.md").read_text()
+
+
+def test_the_means_in_prose_are_those_of_the_runs():
+    """Of README.md and of rlx2/README.md, where an environment is complete."""
+    folders = [str(ROOT / "results" / name) for name in ("rlx2", "paper")]
+    studies = leads.sa.make_studies(leads.sa.load_all(leads.sa.find_folders(tuple(folders)))[0])[0]
+    (cheetah,) = [study for study in studies if study.setting["env_id"] == "HalfCheetah-v5"]
+    means = {c.label.split(" 90/85")[0]: c.scores.mean() for c in cheetah.configurations}
+    small = means.pop("dense, as many weights as 1:8")
+    readme, page = ((ROOT / path).read_text() for path in ("README.md", "results/rlx2/README.md"))
+    text = " ".join(readme[readme.index("In three seeds of 1,000,000 steps") :].split("\n\n")[0].split())
+    for words, value in (
+        ("RLx2 (mean score {})", means["RLx2"]),
+        ("RigL ({})", means["RigL"]),
+        ("static masks ({})", means["static"]),
+        ("as many weights ({})", small),
+        ("SET ({})", means["SET"]),
+        ("with as many weights, has {}", means["1:8"]),
+        ("dense {}.", means["dense"]),
+    ):
+        assert words.format(f"{value:,.0f}") in text, words
+    names = ("RLx2", means["RLx2"]), ("small dense", small), *((x, means[x]) for x in ("SET", "RigL", "static"))
+    percents = ", ".join(f"{name} {100 * value / means['dense']:.1f}" for name, value in names)
+    assert f"means are {percents};" in " ".join(page.split()) and f"1:8 N:M ({means['1:8']:,.0f} in" in page
