@@ -109,3 +109,29 @@ def test_sad_age_and_settling_by_hand():
     assert sa.settled_step(pd.DataFrame([[0.0]], [0], [0])) == 0.0
     near[2][3] = near[3][2] = 0.1  # no less than the threshold
     assert sa.settled_step(pd.DataFrame(near, steps, steps)) == np.inf
+
+
+def test_minutes_compare_where_all_seeds_have_them(tmp_path):
+    for seed in (1, 2):
+        make_run(tmp_path / f"cpu_{seed}", seed=seed)
+        make_run(tmp_path / f"one_{seed}", seed=seed, n=2, args={"device": "cuda"} if seed == 2 else {})
+    (study,), _, _ = load(tmp_path)
+    assert {c.label: c.timed for c in study.configurations} == {"1:4": True, "2:4": False}
+
+
+def test_figures_show_the_seeds_means_and_intervals(tmp_path):
+    """Of eight seeds the IQM is another number than the mean."""
+    for seed in range(1, 9):
+        make_run(tmp_path / f"a{seed}", seed=seed, score=100.0 * seed**2)
+    (study,), _, _ = load(tmp_path)
+    (c,) = study.configurations
+    panels = sa.draw_divergence(study, 0).axes
+    wanted = np.mean([run.masks["actor"] for run in c.runs], axis=0)
+    assert np.allclose(panels[0].collections[0].get_array(), wanted) and panels[0].get_title() == "actor (8 seeds)"
+    ax = sa.Figure().subplots()
+    sa.band(ax, c, [run.curve("eval/episodic_return") for run in c.runs], 500)
+    scores = np.array([[100.0 * seed**2 for seed in range(1, 9)]])
+    assert ax.lines[0].get_ydata()[-1] == pytest.approx(sa.iqm(scores)[0]) and len(ax.lines) == 9
+    ends = ax.collections[0].get_paths()[0].vertices
+    low, high = sa.interval(list(scores), lambda drawn: sa.iqm(drawn, axis=1), 500)
+    assert {low, high} <= {float(y) for x, y in ends if x == 30}
