@@ -73,9 +73,9 @@ def test_the_means_in_prose_are_those_of_the_runs():
         ("RLx2 (mean score {})", means["RLx2"]),
         ("RigL ({})", means["RigL"]),
         ("static masks ({})", means["static"]),
-        ("as many weights ({})", small),
+        ("a dense network with about as many weights ({})", small),
         ("SET ({})", means["SET"]),
-        ("with as many weights, has {}", means["1:8"]),
+        ("1:8, with about as many weights, has {}", means["1:8"]),
         ("dense {}.", means["dense"]),
     ):
         assert words.format(f"{value:,.0f}") in text, words
