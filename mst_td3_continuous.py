@@ -77,6 +77,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 import torch.optim as optim
 import tyro
+from torch.nn.utils import get_total_norm
 from torch.utils.benchmark import Timer
 from tqdm import tqdm
 
@@ -142,8 +143,8 @@ class Args:
     """N:M instead of a sparsity in the actor's blocks, such as 2:4; 1 <= N <= M <= 9,999"""
     critic_nm: str | None = None
     """N:M instead of a sparsity in the critics' blocks"""
-    mask_update_interval: Positive = 1000
-    """updates of a module between changes of its masks, >= 1"""
+    mask_update_interval: Annotated[int, 2, 2**31] = 1000
+    """updates of a module between changes of its masks, >= 2"""
     drop_fraction: Share = 0.3
     """share of a layer's weights that the first change drops (zeta), in [0, 1]; falls to 0 along a cosine"""
     mask_end: Share = 0.8
@@ -229,9 +230,8 @@ def random_mask(shape: torch.Size, density: float, nm: tuple[int, int] | None) -
     score = torch.rand(shape)
     if nm:
         return project(score, *nm)
-    kept = score.numel() - int((1 - density) * score.numel())
-    best = score.flatten().argsort(descending=True, stable=True)[:kept]
-    return torch.zeros(score.numel(), dtype=torch.bool).index_fill(0, best, True).view(shape)
+    size = score.numel()
+    return project(score.view(1, size), size - int((1 - density) * size), size).view(shape)  # one group
 
 
 def sparsify(networks: dict[str, nn.Module], args: Args) -> dict[str, nn.Module]:
@@ -262,14 +262,13 @@ def sparsify(networks: dict[str, nn.Module], args: Args) -> dict[str, nn.Module]
 def drop_fractions(args: Args, update: int) -> dict[str, float]:
     """zeta, the share of its weights that "critic" and "actor" drop at the critics' update number `update`, one a step,
     by a cosine from drop_fraction to 0; a module whose masks stay is not in it (M3)."""
-    if update % args.mask_update_interval:
-        return {}
-    d, last, Delta = args.policy_frequency, args.total_timesteps - args.learning_starts, args.mask_update_interval
-    own = {"critic": (update, args.mask_end * last)}
-    own |= {} if update % d else {"actor": (update // d, args.mask_end * (last // d))}
-    dynamic = [name for name, (regime, _, _) in regimes(args).items() if regime in ("rigl", "set")]
-    due = {k: step / end for k, (step, end) in own.items() if k in dynamic and step % Delta == 0 and step < end}
-    return {name: args.drop_fraction / 2 * (1 + math.cos(math.pi * share)) for name, share in due.items()}
+    zeta, last = {}, args.total_timesteps - args.learning_starts
+    for name, every in (("critic", 1), ("actor", args.policy_frequency)):  # steps between updates of its own
+        own, end = update // every, args.mask_end * (last // every)
+        due = update % (every * args.mask_update_interval) == 0 and own < end
+        if due and regimes(args)[name][0] in ("rigl", "set"):
+            zeta[name] = args.drop_fraction / 2 * (1 + math.cos(math.pi * (own / end)))
+    return zeta
 
 
 def swap_in_groups(layer: SparseLinear, score: torch.Tensor, drop: float) -> torch.Tensor:
@@ -609,7 +608,7 @@ def train(args: Args) -> dict:
             row, last = {}, global_step == args.total_timesteps
             if args.diagnostics_interval and (global_step % args.diagnostics_interval == 0 or last) and state.update:
                 with run.timed("pauses"):  # before the update, which may change masks
-                    row |= diagnose(agent, rb, args, global_step) | ever_active(state.ever)
+                    row |= diagnose(agent, rb, args, state)
             if global_step > args.learning_starts:
                 with run.timed("updates"):
                     state.update += 1
@@ -701,65 +700,52 @@ def srank(features: torch.Tensor, delta: float = 0.01) -> int:
     return int((share < (1 - delta) * share[-1]).sum()) + 1
 
 
-def diagnose(agent: Agent, rb: "ReplayBuffer", args: Args, step: int) -> dict[str, float]:
+def diagnose(agent: Agent, rb: "ReplayBuffer", args: Args, state: State) -> dict[str, float]:
     """Plasticity of each online network on one batch, with random streams of its own; features: the head's input."""
-    hidden, features, handles, row, generators = {}, {}, [], {}, get_globals()
+    step, seen, probes, row, generators = state.global_step, {}, {}, {}, get_globals()
     data, smoothing = rb.sample(args.batch_size, torch.Generator().manual_seed(step)), torch.Generator(args.device)
+
+    def keep(module, inputs, output) -> None:
+        seen.setdefault(module, (inputs[0].detach(), output.detach()))  # first call: the actor's loss calls qf1 again
+
     for net in agent.networks:
-        own, head = hidden.setdefault(net.name, {}), None
-
-        def keep(module, _inputs, output, own=own) -> None:
-            own.setdefault(module, output.detach())  # of the first call: the actor's loss calls qf1 again
-
-        def keep_features(_module, inputs, name=net.name) -> None:
-            features.setdefault(name, inputs[0].detach())
-
-        for module in net.online.modules():
-            if type(module).__module__ == "torch.nn.modules.activation":
-                handles.append(module.register_forward_hook(keep))
-            head = module if isinstance(module, nn.Linear | SparseLinear) else head
-        handles.append(head.register_forward_pre_hook(keep_features))
+        modules = list(net.online.modules())
+        head = [module for module in modules if isinstance(module, nn.Linear | SparseLinear)][-1]
+        activations = [module for module in modules if type(module).__module__ == "torch.nn.modules.activation"]
+        probes[net.name] = head, activations
+    handles = [x.register_forward_hook(keep) for head, activations in probes.values() for x in (head, *activations)]
     qf_loss = sum(critic_losses(agent, data, args, smoothing.manual_seed(step))[2:])
-    grads = gradients_of(qf_loss, [net.online for net in agent.networks if net.name != "actor"])
-    grads |= gradients_of(policy_loss(agent, data), [agent.actor])
+    actor_loss = policy_loss(agent, data)
     for handle in handles:
         handle.remove()
     set_globals(*generators)  # a fork's dropout or replay draws from them
-    check_finite("a network's features", step, *(x.sum().item() for x in features.values()))
-    for name, net in ((net.name, net.online) for net in agent.networks if net.name in features):  # which losses call
-        numbers = [dormant_share(list(hidden[name].values())), srank(features[name])]
-        numbers += [features[name].norm(dim=1).mean().item(), norm_of(net.parameters()), grads[net]]
-        row |= {f"plasticity/{name}/{key}": x for key, x in zip(PLASTICITY, numbers, strict=False)}
+    for net in agent.networks:
+        head, activations = probes[net.name]
+        if head not in seen:
+            continue  # a fork's network that no loss calls
+        features, params = seen[head][0], list(net.online.parameters())
+        check_finite("a network's features", step, features.sum().item())
+        loss = actor_loss if net.name == "actor" else qf_loss
+        grads = torch.autograd.grad(loss, params, retain_graph=True, materialize_grads=True)
+        norms = features.norm(dim=1).mean(), get_total_norm(params), get_total_norm(grads)
+        hidden = [seen[module][1] for module in activations if module in seen]
+        numbers = [dormant_share(hidden), srank(features), *(x.item() for x in norms)]
+        if ever := [E.flatten() for name, E in state.ever.items() if name.startswith(f"{net.name}.")]:
+            numbers.append(torch.cat(ever).double().mean().item())
+        row |= {f"plasticity/{net.name}/{key}": x for key, x in zip(PLASTICITY, numbers, strict=False)}
     return row
-
-
-def norm_of(tensors) -> float:
-    return math.sqrt(sum(x.detach().double().square().sum().item() for x in tensors if x is not None))
-
-
-def gradients_of(loss: torch.Tensor, nets: list[nn.Module]) -> dict[nn.Module, float]:
-    """Norm of the loss's gradient in each network."""
-    options = {"allow_unused": True, "retain_graph": True}
-    return {net: norm_of(torch.autograd.grad(loss, list(net.parameters()), **options)) for net in nets}
-
-
-def ever_active(ever: dict[str, torch.Tensor]) -> dict[str, float]:
-    """Share of a network's maskable weights that were active at some time; masks by '<net>.<layer>'."""
-    nets = dict.fromkeys(name.split(".")[0] for name in ever)
-    own = {net: torch.cat([E.flatten() for name, E in ever.items() if name.split(".")[0] == net]) for net in nets}
-    return {f"plasticity/{net}/ever_active": E.double().mean().item() for net, E in own.items()}
 
 
 def warn_of_schedule(args: Args) -> None:
     """Say whose masks ought to change by their regime, though they will not, and when a longer end moves changes."""
-    updates = args.total_timesteps - args.learning_starts
     begun = read_run(args.resume)[1].total_timesteps if args.resume else args.total_timesteps
     if begun != args.total_timesteps and {"rigl", "set"} & {args.actor_regime, args.critic_regime}:
         print("warning: drop fractions follow the new end, unlike in a run that had it from the start", file=sys.stderr)
-    for name, (regime, sparsity, nm) in regimes(args).items():
-        own = updates // args.policy_frequency if name == "actor" else updates
-        full, never = nm[0] == nm[1] if nm else sparsity == 0, args.mask_update_interval >= args.mask_end * own
-        if regime in ("rigl", "set") and (full or never or args.drop_fraction == 0):
+    for name, every in (("actor", args.policy_frequency), ("critic", 1)):
+        regime, sparsity, nm = regimes(args)[name]
+        first = drop_fractions(args, every * args.mask_update_interval).get(name)  # zeta of the first change
+        full = nm[0] == nm[1] if nm else sparsity == 0
+        if regime in ("rigl", "set") and (full or not first):
             cause = "nothing is inactive" if full else "see --mask-update-interval, --mask-end, --drop-fraction"
             print(f"warning: the {name}'s masks do not change in this run: {cause}", file=sys.stderr)
 
@@ -801,12 +787,10 @@ def get_masks(agent: "Agent") -> dict[str, torch.Tensor]:
 
 def plain_state(net: nn.Module) -> dict[str, torch.Tensor]:
     """A network's state as plain layers hold it: of sparse layers weight [out, in], zero where inactive, and bias."""
+    layers = sparse_layers(net)
     state = {name.removeprefix("net."): tensor for name, tensor in net.state_dict().items()}
-    for name, layer in sparse_layers(net).items():
-        mine = [key for key in state if key.startswith(f"{name}.") and key != f"{name}.bias"]
-        state = {key: tensor for key, tensor in state.items() if key not in mine}
-        state[f"{name}.weight"] = layer.sparse_weight().detach()
-    return state
+    state = {key: x for key, x in state.items() if key.rpartition(".")[0] not in layers or key.endswith(".bias")}
+    return state | {f"{name}.weight": layer.sparse_weight().detach() for name, layer in layers.items()}
 
 
 def add_masks(history: list[dict], masks: dict, state: State) -> list[dict]:

@@ -229,11 +229,12 @@ def sparsify(networks: dict[str, nn.Module], args: Args) -> dict[str, nn.Module]
 def drop_fractions(args: Args, update: int) -> dict[str, float]:
     """zeta, the share of its weights that the topology of "critics" and "actor" drops at the critics' update number
     `update` (one a step), by a cosine from drop_fraction to 0; a network that does not change is not in it."""
-    d, last, Delta = args.policy_frequency, args.total_timesteps - args.learning_starts, args.mask_update_interval
-    own = {} if args.topology == "static" else {"critics": (update, last)}
-    own |= {} if update % d or not own else {"actor": (update // d, last // d)}  # R2
-    due = {name: step / end for name, (step, end) in own.items() if step % Delta == 0 and step < end}
-    return {name: args.drop_fraction / 2 * (1 + math.cos(math.pi * share)) for name, share in due.items()}
+    zeta, last = {}, args.total_timesteps - args.learning_starts
+    for name, every in (("critics", 1), ("actor", args.policy_frequency)):  # steps between updates of its own (R2)
+        own, end = update // every, last // every
+        if args.topology != "static" and update % (every * args.mask_update_interval) == 0 and own < end:
+            zeta[name] = args.drop_fraction / 2 * (1 + math.cos(math.pi * (own / end)))
+    return zeta
 
 
 # --- shared: topology ---
@@ -634,12 +635,10 @@ def get_masks(agent: "Agent") -> dict[str, torch.Tensor]:
 
 def plain_state(net: nn.Module) -> dict[str, torch.Tensor]:
     """A network's state as plain layers hold it: of sparse layers weight [out, in], zero where inactive, and bias."""
+    layers = sparse_layers(net)
     state = {name.removeprefix("net."): tensor for name, tensor in net.state_dict().items()}
-    for name, layer in sparse_layers(net).items():
-        mine = [key for key in state if key.startswith(f"{name}.") and key != f"{name}.bias"]
-        state = {key: tensor for key, tensor in state.items() if key not in mine}
-        state[f"{name}.weight"] = layer.sparse_weight().detach()
-    return state
+    state = {key: x for key, x in state.items() if key.rpartition(".")[0] not in layers or key.endswith(".bias")}
+    return state | {f"{name}.weight": layer.sparse_weight().detach() for name, layer in layers.items()}
 
 
 def add_masks(history: list[dict], masks: dict, state: State) -> list[dict]:

@@ -499,12 +499,10 @@ def get_masks(agent: "Agent") -> dict[str, torch.Tensor]:
 
 def plain_state(net: nn.Module) -> dict[str, torch.Tensor]:
     """A network's state as plain layers hold it: of sparse layers weight [out, in], zero where inactive, and bias."""
+    layers = sparse_layers(net)
     state = {name.removeprefix("net."): tensor for name, tensor in net.state_dict().items()}
-    for name, layer in sparse_layers(net).items():
-        mine = [key for key in state if key.startswith(f"{name}.") and key != f"{name}.bias"]
-        state = {key: tensor for key, tensor in state.items() if key not in mine}
-        state[f"{name}.weight"] = layer.sparse_weight().detach()
-    return state
+    state = {key: x for key, x in state.items() if key.rpartition(".")[0] not in layers or key.endswith(".bias")}
+    return state | {f"{name}.weight": layer.sparse_weight().detach() for name, layer in layers.items()}
 
 
 def add_masks(history: list[dict], masks: dict, state: State) -> list[dict]:

@@ -400,10 +400,17 @@ def test_diagnostics_of_a_network(mst):
     agent.qf1.net.block1.net.fc1.bias.data.fill_(-2)
     before = torch.get_rng_state(), {n: p.clone() for n, p in agent.qf1.named_parameters()}
     hook = agent.qf1.net.block1.net.relu.register_forward_hook(lambda *_: torch.rand(1) and None)  # a fork that draws
-    row = mst.diagnose(agent, rb, args, 7)
+    state, off = mst.State(), torch.zeros(1, 2).bool()
+    state.ever = {"qf1.a": torch.tensor([[True, False]]), "qf1.b": torch.ones(2, 3).bool(), "actor.a": off}
+
+    def diagnose(step: int) -> dict[str, float]:
+        state.global_step = step
+        return mst.diagnose(agent, rb, args, state)
+
+    row = diagnose(7)
     assert torch.equal(before[0], torch.get_rng_state())
     assert all(torch.equal(p, before[1][n]) and p.grad is None for n, p in agent.qf1.named_parameters())
-    assert row == mst.diagnose(agent, rb, args, 7) and row != mst.diagnose(agent, rb, args, 8)
+    assert row == diagnose(7) and row != diagnose(8)
     hook.remove()
     assert not any(part._forward_hooks or part._forward_pre_hooks for part in agent.qf1.modules())
     data = rb.sample(args.batch_size, torch.Generator().manual_seed(7))
@@ -432,18 +439,11 @@ def test_diagnostics_of_a_network(mst):
     grads = torch.autograd.grad(actor_loss, list(agent.actor.parameters()))
     wanted = torch.cat([g.flatten() for g in grads]).norm().item()
     assert row["plasticity/actor/gradient_norm"] == pytest.approx(wanted, rel=1e-4)
+    ever = {name.split("/")[1]: share for name, share in row.items() if name.endswith("/ever_active")}
+    assert ever == {"qf1": 0.875, "actor": 0}  # 7 of 8 weights; qf2 has none
     agent.actor.net.embedding.weight.data[0] = math.nan
     with pytest.raises(FloatingPointError, match="at step 9"):
-        mst.diagnose(agent, rb, args, 9)
-
-
-def test_share_of_weights_ever_active(mst):
-    ever = {
-        "qf1.a": torch.tensor([[True, False]]),
-        "qf1.b": torch.ones(2, 3).bool(),
-        "actor.a": torch.zeros(1, 2).bool(),
-    }
-    assert mst.ever_active(ever) == {"plasticity/qf1/ever_active": 0.875, "plasticity/actor/ever_active": 0}
+        diagnose(9)
 
 
 def test_diagnostics_change_nothing_but_their_rows(mst, small):
