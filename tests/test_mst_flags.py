@@ -12,7 +12,7 @@ BAD = {
     ("--critic-sparsity", "1"): "--critic-sparsity",
     ("--actor-sparsity", "nan"): "--actor-sparsity",
     ("--critic-sparsity", "0.999"): "leaves",
-    ("--mask-update-interval", "1"): "--mask-update-interval",  # each change takes an update's place: nothing would learn
+    ("--mask-update-interval", "1"): "--mask-update-interval",  # every update would be a change
 }
 
 
