@@ -441,6 +441,8 @@ def test_diagnostics_of_a_network(mst):
     assert row["plasticity/actor/gradient_norm"] == pytest.approx(wanted, rel=1e-4)
     ever = {name.split("/")[1]: share for name, share in row.items() if name.endswith("/ever_active")}
     assert ever == {"qf1": 0.875, "actor": 0}  # 7 of 8 weights; qf2 has none
+    agent.qf1.spare = torch.nn.Parameter(torch.zeros(2))  # of a fork: no loss uses it
+    assert diagnose(7) == pytest.approx(row)
     agent.actor.net.embedding.weight.data[0] = math.nan
     with pytest.raises(FloatingPointError, match="at step 9"):
         diagnose(9)
