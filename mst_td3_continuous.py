@@ -726,7 +726,8 @@ def diagnose(agent: Agent, rb: "ReplayBuffer", args: Args, state: State) -> dict
         features, params = seen[head][0], list(net.online.parameters())
         check_finite("a network's features", step, features.sum().item())
         loss = actor_loss if net.name == "actor" else qf_loss
-        grads = torch.autograd.grad(loss, params, retain_graph=True, materialize_grads=True)
+        trained = [param for param in params if param.requires_grad]
+        grads = torch.autograd.grad(loss, trained, retain_graph=True, materialize_grads=True)
         norms = features.norm(dim=1).mean(), get_total_norm(params), get_total_norm(grads)
         hidden = [seen[module][1] for module in activations if module in seen]
         numbers = [dormant_share(hidden), srank(features), *(x.item() for x in norms)]

@@ -443,6 +443,8 @@ def test_diagnostics_of_a_network(mst):
     assert ever == {"qf1": 0.875, "actor": 0}  # 7 of 8 weights; qf2 has none
     agent.qf1.spare = torch.nn.Parameter(torch.zeros(2))  # of a fork: no loss uses it
     assert diagnose(7) == pytest.approx(row)
+    agent.qf1.net.embedding.weight.requires_grad_(False)  # frozen by a fork
+    assert 0 < diagnose(7)["plasticity/qf1/gradient_norm"] < row["plasticity/qf1/gradient_norm"]
     agent.actor.net.embedding.weight.data[0] = math.nan
     with pytest.raises(FloatingPointError, match="at step 9"):
         diagnose(9)
