@@ -211,7 +211,7 @@ def sparsify(networks: dict[str, nn.Module], args: Args) -> dict[str, nn.Module]
     modules = [module for net in networks.values() for _, module in net.named_modules(remove_duplicate=False)]
     uses = Counter(id(param) for module in modules for param in module._parameters.values())
     for name, sparsity in (("actor", args.actor_sparsity), ("critic", args.critic_sparsity)):
-        nets = [net for key, net in networks.items() if (key == "actor") == (name == "actor")]
+        nets = [net for key, net in networks.items() if key.startswith("actor") == (name == "actor")]
         linears = [(net, *item) for net in nets for item in net.named_modules() if isinstance(item[1], nn.Linear)]
         densities = erdos_renyi([linear.weight.shape for _, _, linear in linears], sparsity)
         for (net, path, linear), density in zip(linears, densities, strict=True):
@@ -266,9 +266,10 @@ def erdos_renyi(shapes: list[torch.Size], sparsity: float) -> list[float]:
 
 @contextlib.contextmanager
 def dense_gradients(networks: list["Network"]):
-    """Within, each layer computes in torch with the W~ [out, in] that this yields for it; its .grad is that of all
-    weights. The active weights get theirs as always."""
+    """Within, each layer that trains computes in torch with the W~ [out, in] that this yields for it; its .grad is that
+    of all weights. The active weights get theirs as always."""
     layers = [layer for net in networks for layer in sparse_layers(net.online).values()]
+    layers = [layer for layer in layers if layer.active_weights.requires_grad]
     weights = {layer: layer.sparse_weight().requires_grad_() for layer in layers}
     for layer, weight in weights.items():
         weight.retain_grad()
@@ -282,22 +283,26 @@ def dense_gradients(networks: list["Network"]):
 
 @torch.no_grad()
 def change_topology(agent: "Agent", networks: list["Network"], gradients: dict, drop: float, regime: str, rule) -> None:
-    """In each layer drop the share `drop` of the active weights and grow as many: where the loss has the largest
-    gradients (rigl) or anywhere (set). The optimizer's moments and the target's weights go along."""
+    """In each layer that trains drop the share `drop` of the active weights and grow as many: where the loss has the
+    largest gradients (rigl) or anywhere (set). The optimizer's moments and the target's weights go along."""
     optimizers = [part for part in vars(agent).values() if isinstance(part, optim.Optimizer)]
     trained = {id(x) for optimizer in optimizers for x in held(optimizer)}
     for net in networks:
         for name, layer in sparse_layers(net.online).items():
             target = sparse_layers(net.target)[name]
+            if layer not in gradients:  # frozen
+                continue
             if (gradient := gradients[layer].grad) is None:
                 raise ValueError(f"{net.name}.{name} has no gradient: not in the loss, or sparse_weight() is hidden")
             if id(layer.active_weights) not in trained:
                 raise ValueError(f"{net.name} is trained by no torch.optim.Optimizer that is an attribute of Agent")
             score = gradient.abs() if regime == "rigl" else torch.rand(layer.shape).to(gradient)
             places = rule(layer, score, drop)
+            if len(places) != len(layer.positions) or (places.diff() <= 0).any():
+                raise ValueError(f"{net.name}.{name}: a rule returns as many places as before, each once, ascending")
             packed = [layer.active_weights, target.active_weights]  # each [kept]
             for state in (optimizer.state.get(layer.active_weights, {}) for optimizer in optimizers):
-                packed += [state[key] for key in state.keys() - {"step"}]  # Adam's two moments
+                packed += [x for x in state.values() if x.dim()]  # Adam's two moments, not its step
             for values in packed:  # zero where inactive before; what returns has its value and moments
                 values.copy_(values.new_zeros(layer.shape).put_(layer.positions, values).take(places))
             layer.positions.copy_(places)
@@ -637,7 +642,8 @@ def plain_state(net: nn.Module) -> dict[str, torch.Tensor]:
     """A network's state as plain layers hold it: of sparse layers weight [out, in], zero where inactive, and bias."""
     layers = sparse_layers(net)
     state = {name.removeprefix("net."): tensor for name, tensor in net.state_dict().items()}
-    state = {key: x for key, x in state.items() if key.rpartition(".")[0] not in layers or key.endswith(".bias")}
+    own = {name.removeprefix("net.") for name, _ in net.named_parameters() if not name.endswith(".active_weights")}
+    state = {key: x for key, x in state.items() if key.rpartition(".")[0] not in layers or key in own}
     return state | {f"{name}.weight": layer.sparse_weight().detach() for name, layer in layers.items()}
 
 
@@ -916,7 +922,8 @@ def evaluate_run(args: "Args") -> int:
     except Exception as error:
         raise UserError(f"{path} is missing, damaged or foreign: {first_line(error)}") from None
     with evaluating(actor):
-        if not torch.allclose(actor(observations.to(args.device)).cpu(), actions, rtol=1e-3, atol=1e-4):
+        own = torch.stack([act(actor, obs) for obs in observations.numpy()])
+        if not torch.allclose(own, actions, rtol=1e-3, atol=1e-4):
             raise UserError(f"{path}: plain layers do not act as the run's own network did")
     seeds = draw_seeds(make_generators(args.seed, args.device)["evaluation"], args.eval_episodes)
     row = evaluate(actor, args.env_id, seeds, 0, path.parent / "videos" if args.capture_video else None)
@@ -954,7 +961,7 @@ def model_stats(agent: "Agent") -> dict:
     for net in agent.networks:
         modules[net.name], kept, size = [], 0, 0
         for name, part in net.online.named_modules():
-            if not list(part.children()):
+            if not list(part.children()) or isinstance(part, nn.Linear):  # also one with a parametrization
                 modules[net.name].append({"name": name.removeprefix("net."), "type": type(part).__name__})
                 weight = part.sparse_weight() if hasattr(part, "sparse_weight") else getattr(part, "weight", None)
                 if isinstance(weight, torch.Tensor):
@@ -969,11 +976,14 @@ def model_stats(agent: "Agent") -> dict:
 
 def save_model(path: Path, agent: "Agent", rb: "ReplayBuffer") -> None:
     """model.pt: each network as plain layers hold it; 16 observations (at first zeros) with the actor's actions."""
-    networks = {name: plain_state(part) for name, part in vars(agent).items() if isinstance(part, nn.Module)}
-    content = {name: {key: x.cpu() for key, x in state.items()} for name, state in networks.items()}
+    networks = {name: part for name, part in vars(agent).items() if isinstance(part, nn.Module)}
+    for name, net in networks.items():
+        if len({key.removeprefix("net.") for key in net.state_dict()}) < len(net.state_dict()):
+            raise ValueError(f"model.pt drops `net.`: {name} has tensors of one name then, inside and outside of it")
+    content = {name: {key: x.cpu() for key, x in plain_state(net).items()} for name, net in networks.items()}
     observations = rb.rows[:16, rb.places["observations"]].clone()
     with evaluating(agent.actor):
-        content["probe"] = [observations, agent.actor(observations.to(rb.device)).cpu()]
+        content["probe"] = [observations, torch.stack([act(agent.actor, obs) for obs in observations.numpy()])]
     write_atomic(path, lambda file: torch.save(content, file))
 
 

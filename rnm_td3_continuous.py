@@ -228,7 +228,7 @@ def refresh_masks(agent: "Agent") -> None:
                 raise ValueError(f"{net.name} needs one torch.optim.Optimizer, an attribute of Agent, to train it")
             stores = [(x.W, x.get_parameter("active_weights")) for x in (layer, target)]  # an error if it is computed
             for state in (optimizer.state.get(layer.active_weights, {}) for optimizer in optimizers):
-                stores += [(layer.get_buffer(key), state[key]) for key in state.keys() - {"step"}]  # Adam's two moments
+                stores += [(layer.get_buffer(key), x) for key, x in state.items() if x.dim()]  # Adam's two moments
             for dense, packed in stores:
                 dense.put_(layer.positions, packed)
             E = project(layer.W, layer.n, layer.m)
@@ -501,7 +501,8 @@ def plain_state(net: nn.Module) -> dict[str, torch.Tensor]:
     """A network's state as plain layers hold it: of sparse layers weight [out, in], zero where inactive, and bias."""
     layers = sparse_layers(net)
     state = {name.removeprefix("net."): tensor for name, tensor in net.state_dict().items()}
-    state = {key: x for key, x in state.items() if key.rpartition(".")[0] not in layers or key.endswith(".bias")}
+    own = {name.removeprefix("net.") for name, _ in net.named_parameters() if not name.endswith(".active_weights")}
+    state = {key: x for key, x in state.items() if key.rpartition(".")[0] not in layers or key in own}
     return state | {f"{name}.weight": layer.sparse_weight().detach() for name, layer in layers.items()}
 
 
@@ -753,7 +754,8 @@ def evaluate_run(args: "Args") -> int:
     except Exception as error:
         raise UserError(f"{path} is missing, damaged or foreign: {first_line(error)}") from None
     with evaluating(actor):
-        if not torch.allclose(actor(observations.to(args.device)).cpu(), actions, rtol=1e-3, atol=1e-4):
+        own = torch.stack([act(actor, obs) for obs in observations.numpy()])
+        if not torch.allclose(own, actions, rtol=1e-3, atol=1e-4):
             raise UserError(f"{path}: plain layers do not act as the run's own network did")
     seeds = draw_seeds(make_generators(args.seed, args.device)["evaluation"], args.eval_episodes)
     row = evaluate(actor, args.env_id, seeds, 0, path.parent / "videos" if args.capture_video else None)
@@ -791,7 +793,7 @@ def model_stats(agent: "Agent") -> dict:
     for net in agent.networks:
         modules[net.name], kept, size = [], 0, 0
         for name, part in net.online.named_modules():
-            if not list(part.children()):
+            if not list(part.children()) or isinstance(part, nn.Linear):  # also one with a parametrization
                 modules[net.name].append({"name": name.removeprefix("net."), "type": type(part).__name__})
                 weight = part.sparse_weight() if hasattr(part, "sparse_weight") else getattr(part, "weight", None)
                 if isinstance(weight, torch.Tensor):
@@ -806,11 +808,14 @@ def model_stats(agent: "Agent") -> dict:
 
 def save_model(path: Path, agent: "Agent", rb: "ReplayBuffer") -> None:
     """model.pt: each network as plain layers hold it; 16 observations (at first zeros) with the actor's actions."""
-    networks = {name: plain_state(part) for name, part in vars(agent).items() if isinstance(part, nn.Module)}
-    content = {name: {key: x.cpu() for key, x in state.items()} for name, state in networks.items()}
+    networks = {name: part for name, part in vars(agent).items() if isinstance(part, nn.Module)}
+    for name, net in networks.items():
+        if len({key.removeprefix("net.") for key in net.state_dict()}) < len(net.state_dict()):
+            raise ValueError(f"model.pt drops `net.`: {name} has tensors of one name then, inside and outside of it")
+    content = {name: {key: x.cpu() for key, x in plain_state(net).items()} for name, net in networks.items()}
     observations = rb.rows[:16, rb.places["observations"]].clone()
     with evaluating(agent.actor):
-        content["probe"] = [observations, agent.actor(observations.to(rb.device)).cpu()]
+        content["probe"] = [observations, torch.stack([act(agent.actor, obs) for obs in observations.numpy()])]
     write_atomic(path, lambda file: torch.save(content, file))
 
 

@@ -367,3 +367,20 @@ def test_a_column_more_in_the_middle_shifts_none(rlx2, nstep):
     assert not data.dones.any() and torch.equal(data.next_observations, data.observations + nstep)
     assert torch.allclose(data.rewards, torch.full((20, 1), sum(0.9**k for k in range(nstep))))
     assert torch.allclose(data.discounts, torch.full((20, 1), 0.9**nstep))
+
+
+def test_model_pt_holds_all_of_a_network_or_there_is_none(rnm, tmp_path):
+    args = rnm.Args(**SMALL, n=1, m=4)
+    env = rnm.make_env(args.env_id)
+    agent = rnm.Agent(rnm.sparsify(rnm.make_networks(args, env), args), lr=1e-3)
+    rb = rnm.ReplayBuffer(20, rnm.transition_columns(env), "cpu")
+    agent.qf1.net.fc1.gain = nn.Parameter(torch.arange(16.0))
+    rnm.save_model(tmp_path / "model.pt", agent, rb)
+    saved = torch.load(tmp_path / "model.pt", weights_only=True)
+    assert saved["qf1"].keys() == saved["qf2"].keys() | {"fc1.gain"} and saved["qf1"]["fc1.gain"][5] == 5
+    agent.qf1.fc3 = nn.Linear(2, 2)  # beside net.fc3
+    with pytest.raises(ValueError, match="qf1 has tensors of one name"):
+        rnm.save_model(tmp_path / "model.pt", agent, rb)
+    assert torch.equal(
+        torch.load(tmp_path / "model.pt", weights_only=True)["qf1"]["fc3.bias"], saved["qf1"]["fc3.bias"]
+    )

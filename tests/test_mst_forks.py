@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import ROOT, load, read_meta, read_rows, stop_at
-from test_mst import batch, spaces
+from test_mst import agent_of, batch, spaces
 
 EDITS = {
     "tanh": [('"relu": nn.ReLU()}', '"relu": nn.Tanh()}')],
@@ -110,3 +110,29 @@ def test_forks_run_and_resume(fork, small, cli, monkeypatch, name):
     assert all(
         0 <= float(last[f"plasticity/{net}/dormant"]) <= 1 and last[f"plasticity/{net}/srank"] for net in nets - {"qf3"}
     )
+
+
+def test_one_relu_for_all_blocks_counts_in_each(mst):
+    """Dormant units are told by what a loss computes, whichever module does it."""
+    rows = []
+    for shared in (False, True):
+        agent, args = agent_of(mst, critic_blocks=2)
+        rb = mst.ReplayBuffer(50, mst.transition_columns(spaces(11, 3)), "cpu")
+        for seed in range(40):
+            rb.add(**{key: x[0].numpy() for key, x in vars(batch(seed=seed, rows=1)).items()})
+        agent.qf1.net.block2.net.fc1.bias.data[:20] = -9
+        if shared:
+            agent.qf1.net.block2.net.relu = agent.qf1.net.block1.net.relu
+        state = mst.State()
+        state.ever = {}
+        rows.append(mst.diagnose(agent, rb, args, state))
+    assert rows[0] == rows[1] and rows[0]["plasticity/qf1/dormant"] > rows[0]["plasticity/qf2/dormant"]
+
+
+def test_a_parametrized_layer_is_counted(mst):
+    agent, _ = agent_of(mst)
+    before = mst.model_stats(agent)
+    torch.nn.utils.parametrizations.spectral_norm(agent.qf1.net.embedding)
+    after = mst.model_stats(agent)
+    assert after["density"] == before["density"] and 0 < after["density"]["qf1"] < 1
+    assert {"name": "embedding", "type": "ParametrizedLinear"}.items() <= after["modules"]["qf1"][1].items()

@@ -115,3 +115,53 @@ def test_an_error_within_leaves_no_patch_behind(rlx2):
         assert all("sparse_weight" in vars(layer) for layer in weights) and len(weights) == 4
         raise RuntimeError
     assert not any("sparse_weight" in vars(module) for module in agent.qf1.modules())
+
+
+@pytest.mark.parametrize("kernel", ["nm", "torch"])
+def test_a_frozen_layer_stays_as_it_is(rlx2, kernel):
+    args, _, agent, rb, rng = make(rlx2, kernel, mask_update_interval=4, drop_fraction=0.5)
+    agent.qf1.net.fc2.requires_grad_(False)
+    before = {key: x.clone() for key, x in rlx2.plain_state(agent.qf1).items()}
+    masks = rlx2.get_masks(agent)
+    for update in range(1, 9):
+        step(rlx2, agent, rb, args, rng, update)
+    moved = {key for key, x in rlx2.plain_state(agent.qf1).items() if not torch.equal(x, before[key])}
+    assert moved == {"fc1.weight", "fc1.bias", "fc3.weight", "fc3.bias"}
+    changed = {name for name, E in rlx2.get_masks(agent).items() if not torch.equal(E, masks[name])}
+    assert changed == masks.keys() - {"qf1.fc2"}
+
+
+def test_an_optimizer_with_numbers_of_its_own(rlx2, monkeypatch):
+    """NAdam keeps a product of its rates, beside its step: no number for each weight."""
+    monkeypatch.setattr(rlx2, "make_adam", torch.optim.NAdam)
+    args, _, agent, rb, rng = make(rlx2, "nm", mask_update_interval=4)
+    masks = rlx2.get_masks(agent)
+    for update in range(1, 10):
+        step(rlx2, agent, rb, args, rng, update)
+    state = agent.q_optimizer.state[agent.qf1.net.fc1.active_weights]
+    assert state["mu_product"].dim() == 0 and state["step"] == 7  # two changes took the place of steps
+    assert not any(torch.equal(E, masks[name]) for name, E in rlx2.get_masks(agent).items())
+
+
+def test_a_rule_must_return_each_place_once(rlx2):
+    _, _, agent, _, _ = make(rlx2)
+    critics = agent.networks[1:]
+    with rlx2.dense_gradients(critics) as gradients:
+        sum(weight.square().sum() for weight in gradients.values()).backward()
+    for change in (lambda places: places.clamp(min=7), lambda places: places.flip(0), lambda places: places[1:]):
+        with pytest.raises(ValueError, match=r"qf1\.fc1: a rule returns as many places as before, each once"):
+            rule = lambda layer, _score, _drop, change=change: change(layer.positions)  # noqa: E731
+            rlx2.change_topology(agent, critics, gradients, 0.1, "rigl", rule)
+
+
+def test_a_second_actor_has_the_actors_sparsity(rlx2, monkeypatch):
+    make_networks = rlx2.make_networks
+    monkeypatch.setattr(
+        rlx2, "make_networks", lambda args, env: make_networks(args, env) | {"actor2": rlx2.Actor(env, args.hidden_dim)}
+    )
+    args, env, *_ = make(rlx2)
+    networks = rlx2.sparsify(rlx2.make_networks(args, env), args)
+    kept = {
+        name: [len(layer.positions) for layer in rlx2.sparse_layers(net).values()] for name, net in networks.items()
+    }
+    assert kept["actor2"] == kept["actor"] and kept["qf1"] == kept["qf2"] and sum(kept["qf1"]) > sum(kept["actor"])

@@ -222,7 +222,7 @@ def test_global_generators_are_seeded_and_evaluation_leaves_them_alone(script, s
     assert len(wanted) == 300 and all(len(set(column)) == 300 for column in zip(*wanted, strict=True))
     assert drawn(eval_interval=70, eval_episodes=1) == wanted
     assert all(a != b for a, b in zip(wanted[0], drawn(seed=2, total_timesteps=101)[0], strict=True))
-    assert set(modes) == {(False, True), (True, False)}  # evaluation in eval(), acting in train()
+    assert set(modes) == {(False, True), (True, False), (False, False)}  # acting in train(), the rest in eval()
     assert drawn(checkpoint_interval=50) == wanted  # nor does a checkpoint, which asks the actor for its probe
 
 
@@ -230,20 +230,13 @@ def test_what_is_stored_and_how_it_was_chosen(dense, rnm, rlx2, small, monkeypat
     """Termination against truncation, actions by hand from the random streams, learning rates."""
     low, high = torch.tensor([-1.0, 0.5]), torch.tensor([0.5, 3.0])
     for module in (dense, rnm, rlx2):
-        rows, policies, agents, evaluating = [], [], [], []
-        add, act, evaluate, make_agent = module.ReplayBuffer.add, module.act, module.evaluate, module.Agent
+        rows, policies, agents = [], [], []
+        add, act, make_agent = module.ReplayBuffer.add, module.act, module.Agent
 
-        def acting(*args, act=act, policies=policies, evaluating=evaluating, agents=agents):
-            assert args[0] is agents[0].actor
-            action = act(*args)
-            policies += [] if evaluating else [action.clone()]
+        def acting(actor, obs, act=act, policies=policies):
+            action = act(actor, obs)
+            policies += [action.clone()] if actor.training else []  # not evaluations and the probe
             return action
-
-        def marked(*args, evaluate=evaluate, evaluating=evaluating):
-            evaluating.append(1)
-            row = evaluate(*args)
-            evaluating.clear()
-            return row
 
         def stored_too(rb, add=add, rows=rows, **row):
             rows.append(row)
@@ -251,7 +244,6 @@ def test_what_is_stored_and_how_it_was_chosen(dense, rnm, rlx2, small, monkeypat
 
         monkeypatch.setattr(module.ReplayBuffer, "add", stored_too)
         monkeypatch.setattr(module, "act", acting)
-        monkeypatch.setattr(module, "evaluate", marked)
         monkeypatch.setattr(
             module, "Agent", lambda *a, make=make_agent, to=agents, **o: to.append(make(*a, **o)) or to[-1]
         )

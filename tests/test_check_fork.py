@@ -1,0 +1,87 @@
+"""check_fork.py passes what is right and names what is not, for each thing that it looks at."""
+
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import check_fork
+
+FLAGS = ["--env-id=toy_envs:Reach-v0", "--hidden-dim=16", "--batch-size=16", "--total-timesteps=1100"]
+LOOP = "        while state.global_step < args.total_timesteps:\n"
+INIT = "        for name, net in networks.items():  # targets"
+ACT = "    return actor(torch.tensor(obs[None]"
+FAULTS = {
+    LOOP: f"        noise_left = 1.0\n{LOOP}",  # a local variable: a resume sets it anew
+    "exploration_scale * torch.randn(low.shape,": "noise_left * exploration_scale * torch.randn(low.shape,",
+    "(act(agent.actor, obs) + noise).clamp(low, high)\n": "(act(agent.actor, obs) + noise).clamp(low, high)\n"
+    "                noise_left *= 0.999\n",
+    "self.positions.copy_(positions)": "self.positions.numpy()[:] = positions.numpy()",  # unseen by the kernels
+    ACT: "    mean = vars(actor).setdefault('mean', 0.0 * obs)  # what model.pt does not hold\n"
+    f"    mean += 0.1 * (obs - mean) * actor.training\n{ACT.replace('obs[None]', 'obs[None] - mean')}",
+    INIT: f"        networks['qf1'].net.fc1.bias.requires_grad_(False)\n{INIT}",
+}
+
+
+def check(monkeypatch, capsys, *words):
+    monkeypatch.setattr(sys, "argv", ["check_fork.py", *map(str, words)])
+    code = check_fork.main()
+    captured = capsys.readouterr()
+    lines = {line.split()[0]: line.split(maxsplit=1)[1] for line in captured.out.splitlines() if " " in line}
+    return code, lines, captured.err
+
+
+@pytest.mark.slow
+def test_what_is_right_passes(dense, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(check_fork.tempfile, "tempdir", str(tmp_path))
+    code, found, err = check(monkeypatch, capsys, dense.__file__, *FLAGS)
+    assert (code, err) == (0, "") and not list(tmp_path.iterdir())
+    assert found.pop("trains") == "all tensors" and found.pop("computes").startswith("nothing to compare: ")
+    assert found == dict.fromkeys(("repeats", "resumes", "keeps"), "ok")
+
+
+@pytest.mark.slow
+def test_each_fault_is_named(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(check_fork.tempfile, "tempdir", str(tmp_path))
+    text = (ROOT / "rnm_td3_continuous.py").read_text()
+    for old, new in FAULTS.items():
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    (tmp_path / "fork.py").write_text(text)
+    code, found, err = check(monkeypatch, capsys, tmp_path / "fork.py", *FLAGS)
+    assert (code, err) == (1, "") and found["repeats"] == "ok"
+    assert (
+        found["resumes"].startswith("NOT ALIKE: first at step ") and "tensors of model.pt, such as" in found["resumes"]
+    )
+    assert found["computes"].startswith("NOT ALIKE: losses/qf1_") and " in torch" in found["computes"]
+    assert found["keeps"].startswith("NOT ALIKE: error: ") and "; the run itself had return -" in found["keeps"]
+    assert found["trains"] == "all but qf1.fc1.bias, qf1_target.fc1.bias"
+    assert (next(tmp_path.glob("check_fork_*")) / "whole").is_dir()  # to look at
+
+
+def test_runs_of_two_seeds_differ_and_where(dense, small):
+    runs = [check_fork.Path(dense.train(small(dense, seed=seed))["run_dir"]) for seed in (1, 1, 2)]
+    assert check_fork.difference(*runs[:2]) == ""
+    first, models = check_fork.difference(*runs[1:]).split("; ")
+    assert (
+        first.startswith("first at step 0, eval/episodic_return: -")
+        and " tensors of model.pt, such as actor." in models
+    )
+    model = torch.load(runs[0] / "model.pt", weights_only=True)
+    model["qf2"]["fc1.bias"][3] += 1e-7
+    torch.save(model, runs[0] / "model.pt")
+    assert check_fork.difference(*runs[:2]) == "1 tensors of model.pt, such as qf2.fc1.bias"
+    rows = (runs[1] / "metrics.csv").read_text().splitlines()
+    (runs[1] / "metrics.csv").write_text("\n".join(rows[:-1]) + "\n")  # what only one logged does not count
+    assert check_fork.difference(*runs[:2]) == "1 tensors of model.pt, such as qf2.fc1.bias"
+
+
+def test_a_run_that_fails_gives_its_last_words(dense, monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(check_fork.tempfile, "tempdir", str(tmp_path))
+    code, found, err = check(monkeypatch, capsys, dense.__file__, "--env-id=toy_envs:Reach-v0", "--tau=2")
+    assert code == 2 and not found and "tau" in err and "logs: " in err
+    code, found, err = check(monkeypatch, capsys, "no_such_file.py")
+    assert (code, found) == (2, {}) and err == "error: no_such_file.py is no file; python check_fork.py --help\n"
+    code, _, err = check(monkeypatch, capsys)
+    assert code == 0 and err == ""
