@@ -8,12 +8,14 @@
   keeps      --evaluate returns with the saved policy what the run's own last evaluation returned
   trains     which tensors of model.pt stay as they are: right if you froze them
 
-Without flags for these, runs are short and networks small, so that it takes a minute or two. A fork can pass and still
-be wrong: whether your loss is the one that you mean, no comparison can tell. Exit codes: 0 all alike, 1 not, 2 a run
-failed. What is not alike keeps its runs, and a line says where.
+Runs have 2,500 steps and small networks, unless your flags say otherwise: it takes some minutes. A fork can pass and
+still be wrong: what it does after these steps is not seen (bring it forward by flags), and whether your loss is the one
+that you mean, no comparison can tell. Exit codes: 0 all alike, 1 not, 2 a run failed. What is not alike keeps its runs,
+and a line says where. Remedies are in the README's "Forking it".
 """
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -44,13 +46,16 @@ class Failure(Exception):
 def known(script: Path, flags: dict) -> list[str]:
     """--key=value for what is in the script's Args, or so named there."""
     fields = re.findall(r"^    (\w+): ", script.read_text(), re.MULTILINE)
+    if "total_timesteps" not in fields:
+        raise Failure(f"{script} has no field total_timesteps: is it a training script?")
     return [f"--{key.replace('_', '-')}={value}" for key, value in flags.items() if key in fields]
 
 
 def call(command: list[str], log: Path, stop: Path | None = None) -> str:
     """What the command prints; `stop`: the folder of its run, which SIGTERM ends half-way."""
+    environment = os.environ | {"WANDB_MODE": "disabled"}
     with open(log, "w+") as file:
-        process = subprocess.Popen([sys.executable, *command], stdout=file, stderr=subprocess.STDOUT)
+        process = subprocess.Popen([sys.executable, *command], stdout=file, stderr=subprocess.STDOUT, env=environment)
         try:
             while stop and process.poll() is None and not half_way(stop):
                 time.sleep(0.05)
@@ -86,14 +91,13 @@ def read_model(run: Path) -> dict[str, torch.Tensor]:
 
 
 def read_rows(run: Path) -> pd.DataFrame:
-    return pd.read_csv(run / "metrics.csv", index_col="global_step").drop(columns=list(CLOCKS), errors="ignore")
+    rows = pd.read_csv(run / "metrics.csv", index_col="global_step").drop(columns=list(CLOCKS), errors="ignore")
+    return rows.groupby(level=0).last()  # a fork may log twice in a step
 
 
 def difference(run: Path, other: Path) -> str:
     """Where two runs first differ, in what both logged, and how far their models are apart; empty if nowhere."""
-    rows, others = (read_rows(x) for x in (run, other))
-    steps = rows.index.intersection(others.index)
-    rows, others = rows.loc[steps], others.loc[steps]
+    rows, others = read_rows(run).align(read_rows(other), join="inner")
     apart = (rows != others) & rows.notna() & others.notna()
     words = []
     if apart.any(axis=None):
@@ -111,8 +115,11 @@ def same(a: torch.Tensor | None, b: torch.Tensor | None) -> bool:
 
 
 def losses(run: Path) -> pd.Series:
-    """The first that were logged."""
-    return read_rows(run).filter(like="losses/").dropna(how="all").iloc[0].dropna()
+    """The last that were logged."""
+    rows = read_rows(run).filter(like="losses/").dropna(how="all")
+    if rows.empty:
+        raise Failure(f"{run} has no losses/ at step {BRIEF['total_timesteps']}")
+    return rows.iloc[-1].dropna()
 
 
 def check(script: Path, flags: list[str], folder: Path) -> bool:
@@ -120,10 +127,9 @@ def check(script: Path, flags: list[str], folder: Path) -> bool:
 
     def train(name: str, *more: str) -> Path:
         runs = folder / name
-        command = [str(script), *known(script, SHORT), *flags, *more, "--no-track", f"--runs-dir={runs}"]
+        command = [str(script), *known(script, SHORT), *flags, *more, f"--runs-dir={runs}"]
         call(command, folder / f"{name}.log", runs if name == "resumed" else None)
-        (run,) = (path.parent for path in runs.glob("*/meta.json"))
-        return run
+        return next(runs.glob("*/meta.json")).parent
 
     def resume() -> tuple[Path, Path]:
         run = train("resumed")
@@ -131,14 +137,23 @@ def check(script: Path, flags: list[str], folder: Path) -> bool:
         call([str(script), f"--resume={run}"], folder / "resume.log")
         return run, stopped
 
-    with ThreadPoolExecutor(2) as pool:
+    print(f"five short runs, two at a time, in {folder}", flush=True)
+    pool = ThreadPoolExecutor(2)
+    try:
         whole = pool.submit(train, "whole")
         again = pool.submit(train, "again", *known(script, OTHERWISE))
         parts = pool.submit(resume)
         brief = pool.submit(train, "brief", *known(script, BRIEF))
         plain = pool.submit(train, "torch", *known(script, BRIEF | {"kernel": "torch"}))
         whole, again, (resumed, stopped), brief, plain = (x.result() for x in (whole, again, parts, brief, plain))
+    finally:  # after a fault or Ctrl-C, which the runs get, too: start no more
+        pool.shutdown(cancel_futures=True)
 
+    before, after = read_model(stopped), read_model(whole)
+    names = [name for name in after if not name.startswith("probe.") and name.split(".")[-1] not in ACTION]
+    still = [name for name in names if same(before.get(name), after[name])]
+    if still == names:
+        raise Failure("nothing was trained: give a smaller --learning-starts or a larger --total-timesteps")
     found = {"repeats": difference(whole, again)}
     found["resumes"] = "can't be told before it repeats" if found["repeats"] else difference(whole, resumed)
     if read_meta(brief)["kernel"] == read_meta(plain)["kernel"]:
@@ -160,27 +175,30 @@ def check(script: Path, flags: list[str], folder: Path) -> bool:
 
     for name, fault in found.items():
         print(f"{name:10} {f'NOT ALIKE: {fault}' if fault else 'ok'}")
-    before, after = read_model(stopped), read_model(whole)
-    still = [name for name, x in after.items() if name in before and torch.equal(x, before[name])]
-    still = [name for name in still if not name.startswith("probe.") and name.split(".")[-1] not in ACTION]
     print(f"trains     {'all but ' + ', '.join(still) if still else 'all tensors'}")
     return not any(found.values())
 
 
 def main() -> int:
-    script = Path(sys.argv[1] if len(sys.argv) > 1 else "--help")
+    script, flags = Path(sys.argv[1] if len(sys.argv) > 1 else "--help"), sys.argv[2:]
     if script.name in ("-h", "--help"):
         print(__doc__)
         return 0
-    if not script.is_file():
-        print(f"error: {script} is no file; python check_fork.py --help", file=sys.stderr)
+    refused = [word for word in flags if re.match(r"-h$|--(help|resume|evaluate|runs.dir)\b", word)]
+    if refused or not script.is_file():
+        print(
+            f"error: {refused or script}: a script, then flags of a new run; python check_fork.py -h", file=sys.stderr
+        )
         return 2
     folder = Path(tempfile.mkdtemp(prefix="check_fork_"))
     try:
-        alike = check(script, sys.argv[2:], folder)
-    except Failure as failure:
+        alike = check(script, flags, folder)
+    except (Failure, OSError) as failure:
         print(f"error: {failure}\nlogs: {folder}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        shutil.rmtree(folder)
+        return 130
     if alike:
         shutil.rmtree(folder)
     else:
