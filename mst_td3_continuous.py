@@ -352,7 +352,7 @@ def change_topology(agent: "Agent", networks: list["Network"], gradients: dict, 
                 raise ValueError(f"{net.name}.{name}: a rule returns as many places as before, each once, ascending")
             packed = [layer.active_weights, target.active_weights]  # each [kept]
             for state in (optimizer.state.get(layer.active_weights, {}) for optimizer in optimizers):
-                packed += [x for x in state.values() if x.dim()]  # Adam's two moments, not its step
+                packed += [x for x in state.values() if torch.is_tensor(x) and x.dim()]  # Adam's two moments
             for values in packed:  # zero where inactive before; what returns has its value and moments
                 values.copy_(values.new_zeros(layer.shape).put_(layer.positions, values).take(places))
             layer.positions.copy_(places)

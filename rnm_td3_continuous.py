@@ -228,7 +228,8 @@ def refresh_masks(agent: "Agent") -> None:
                 raise ValueError(f"{net.name} needs one torch.optim.Optimizer, an attribute of Agent, to train it")
             stores = [(x.W, x.get_parameter("active_weights")) for x in (layer, target)]  # an error if it is computed
             for state in (optimizer.state.get(layer.active_weights, {}) for optimizer in optimizers):
-                stores += [(layer.get_buffer(key), x) for key, x in state.items() if x.dim()]  # Adam's two moments
+                moments = {key: x for key, x in state.items() if torch.is_tensor(x) and x.dim()}  # Adam's two
+                stores += [(layer.get_buffer(key), x) for key, x in moments.items()]
             for dense, packed in stores:
                 dense.put_(layer.positions, packed)
             E = project(layer.W, layer.n, layer.m)

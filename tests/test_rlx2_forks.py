@@ -132,11 +132,13 @@ def test_a_frozen_layer_stays_as_it_is(rlx2, kernel):
 
 
 def test_an_optimizer_with_numbers_of_its_own(rlx2, monkeypatch):
-    """NAdam keeps a product of its rates, beside its step: no number for each weight."""
+    """NAdam keeps a product of its rates, beside its step, others an int: no number for each weight."""
     monkeypatch.setattr(rlx2, "make_adam", torch.optim.NAdam)
     args, _, agent, rb, rng = make(rlx2, "nm", mask_update_interval=4)
     masks = rlx2.get_masks(agent)
     for update in range(1, 10):
+        for state in agent.q_optimizer.state.values():
+            state["calls"] = update
         step(rlx2, agent, rb, args, rng, update)
     state = agent.q_optimizer.state[agent.qf1.net.fc1.active_weights]
     assert state["mu_product"].dim() == 0 and state["step"] == 7  # two changes took the place of steps
