@@ -9,6 +9,7 @@ Reads the folders that the training scripts and their forks leave behind; needs 
   settled step: from there on the mask stays within 10 % of the final one                   -> settled_step
   correlation of settled SAD and score: of ranks within configurations, pooled              -> correlation
   steps and core minutes to 50, 75 and 90 % of dense's score                                -> time_to
+  score minus that of dense, stopped after as much CPU time                                 -> score_within
   IQM, stratified bootstrap, probability of improvement (Agarwal et al., arXiv 2108.13264)  -> iqm, interval, better
 
 Only finished runs count. They are compared if environment, steps, physics and TD3's hyper-parameters agree. They are
@@ -387,6 +388,13 @@ def time_to(run: Run, score: float) -> tuple[float, float]:
     if not len(reached):
         return math.inf, math.inf
     return reached[0], run.curve("charts/cpu_time_s").get(reached[0], math.nan) / 60
+
+
+def score_within(run: Run, minutes: float) -> float:
+    """The final score, had the run been stopped after so many core minutes; NaN if no evaluation came before."""
+    clock = run.curve("charts/cpu_time_s").drop(0, errors="ignore") / 60
+    returns = run.curve("eval/episodic_return").reindex(clock.index[clock <= minutes]).dropna()
+    return final_score([*returns.items()]) if len(returns) else math.nan
 
 
 def flops_per_update(meta: dict) -> float:
@@ -783,7 +791,8 @@ def draw_returns(study: Study, resamples: int) -> Figure:
                 clock = run.metrics["charts/cpu_time_s"].loc[curve.index] / 60
                 timed.append(pd.Series(np.interp(grid, clock, curve), grid))
             band(right, c, timed, resamples, scale=1)
-        left.set_ylabel("evaluation return\n(IQM, 95 % band, seeds)")
+        few = max(len(c.runs) for c in study.configurations) < 4  # an interval of so few is their range
+        left.set_ylabel(f"evaluation return\n({'mean, range' if few else 'IQM, 95 % band'}, seeds)")
         right.set_xscale("log")
         right.xaxis.set_major_formatter("{x:g}")
     machines = "; ".join(sorted({run.machine for c in study.configurations for run in c.runs}))
@@ -828,8 +837,11 @@ seeds. Settled step: from there on the mask is within 10 % of the final one, at 
 mask is).
 """
 TIMES = """Steps and core minutes until an evaluation first returned 50, 75, 90 % of dense's score: of the seed in the
-middle (of two, the slower one); inf: half of them or more never did. Other work on the machine adds to core minutes."""
-HIDDEN = f"setting|script|exp_name|n|m|kernel|.*_low|.*_high|.*_to_..|{'|'.join(DEFAULTS)}"  # not in the first table
+middle (of two, the slower one; another seed in each column); inf: half of them or more never did. Gain at equal core
+minutes: as gain, but each dense run stopped when it had used as much CPU time as the whole run of the same seed. Other
+work on the machine adds to core minutes."""
+# Columns that the first table leaves out.
+HIDDEN = f"setting|script|exp_name|n|m|kernel|.*_low|.*_high|.*_to_..|gain_at_.*|{'|'.join(DEFAULTS)}"
 COLUMNS = "dense of_dense gain gain_pairs p_better default default_gain default_gain_pairs".split()
 
 
@@ -865,11 +877,14 @@ def correlation_texts(study: Study, resamples: int) -> list[str]:
     return texts
 
 
-def paired_difference(key: str, c: Configuration, other: Configuration, resamples: int) -> dict[str, float]:
-    """Mean difference of the scores of equal seeds, with its interval and the number of pairs."""
+def paired_difference(key: str, c: Configuration, other: Configuration, resamples: int, stop=False) -> dict[str, float]:
+    """Mean difference of the scores of equal seeds, with its interval and the number of pairs; with `stop` the other
+    run of a pair ends when it has used as much CPU time as this one did."""
     seeds = ([run.args["seed"] for run in one.runs] for one in (c, other))
     _, own, others = np.intersect1d(*seeds, return_indices=True)
-    gains = c.scores[own] - other.scores[others]
+    pairs = [(c.runs[i], other.runs[j]) for i, j in zip(own, others, strict=True)]
+    other_scores = [score_within(two, one.minutes) if stop else two.meta["final_score"] for one, two in pairs]
+    gains = c.scores[own] - np.array(other_scores)
     row = estimate(key, [gains], lambda drawn: drawn.mean(axis=1), resamples) if len(gains) else {}
     return row | {f"{key}_pairs": len(gains)}
 
@@ -898,6 +913,8 @@ def configuration_row(study: Study, c: Configuration, resamples: int) -> dict:
         times = [time_to(run, percent / 100 * iqm(dense.scores)) for run in c.runs]
         steps, minutes = statistics.median_high(times)  # of one run
         row |= {f"steps_to_{percent}": steps, f"core_minutes_to_{percent}": minutes if c.timed else math.nan}
+    if dense and dense is not c and c.timed and dense.timed and c.first.machine == dense.first.machine:
+        row |= paired_difference("gain_at_equal_core_minutes", c, dense, resamples, stop=True)
     return row
 
 
@@ -958,7 +975,7 @@ def write_summary(out: Path, studies: list[Study], skipped: list[tuple[str, str]
     lines, notes = [ABOUT.format(resamples=resamples)], {study.name: study_lines(study, resamples) for study in studies}
     for name, part in frame.groupby("setting", sort=False):
         keys = list(part.dropna(axis=1, how="all"))
-        times = [key for key in keys if re.fullmatch(".*_to_..", key)]
+        times = [key for key in keys if re.fullmatch(".*_to_..|gain_at_equal_core_minutes", key)]
         lines += [f"## {name}", "", *table(part, [key for key in keys if not re.fullmatch(HIDDEN, key)])]
         lines += [TIMES, "", *table(part, ["configuration", "seeds", *times])] if times else []
         lines += notes.get(name, [])

@@ -51,8 +51,10 @@ def test_time_to_a_return_by_hand(monkeypatch, capsys, tmp_path):
     assert steps.loc["1:4"].tolist() == [24_000, math.inf, math.inf]  # half of the seeds never came to 60
     assert frame.loc["1:8", "core_minutes_to_75"] == pytest.approx(18_000 / 200 / 60)
     assert math.isnan(frame.loc["1:4", "core_minutes_to_50"])  # of two machines
+    gains = frame["gain_at_equal_core_minutes"]  # seed 1 alone is paired with dense, which takes as long and has 80
+    assert gains["1:8"] == pytest.approx(-40) and math.isnan(gains["dense"]) and math.isnan(gains["1:4"])
     text = (tmp_path / "a" / "summary.md").read_text()
-    assert "| 1:8 | 3 | 12,000 | 1 | 18,000 | 1.5 | 24,000 | 2 |" in text and "| steps to 50 % |" in text
+    assert "| 1:8 | 3 | 12,000 | 1 | 18,000 | 1.5 | 24,000 | 2 | -40 |" in text and "| steps to 50 % |" in text
 
 
 def test_what_is_not_drawn_is_named(monkeypatch, capsys, tmp_path):
@@ -101,7 +103,7 @@ def test_topologies_without_structure_beside_nm(dense, rnm, rlx2, small, monkeyp
     assert study.plain("RLx2 70/60", 16).label == "RLx2 70/60"
     looks = [(c.look["color"], str(c.look["linestyle"])) for c in study.configurations]
     assert len(set(looks)) == len(looks) and study.configurations[4].look["color"] == sa.COLORS["RLx2"]
-    assert len(list((tmp_path / "a").glob("*.png"))) >= 7 and out.count("| SET 70/60 | 1 |") == 1
+    assert len(list((tmp_path / "a").glob("*.png"))) >= 7 and out.count("| SET 70/60 | 1 |") == 2  # scores, times
     monkeypatch.setattr(sa, "draw", lambda *_: [])
     argv = ("--no-track", "--out", tmp_path / "b", "--thin", tmp_path / "thin")
     assert run(monkeypatch, capsys, tmp_path / "runs", *argv)[0] == 0

@@ -59,6 +59,13 @@ def test_time_to_a_score_by_hand(tmp_path):
     assert sa.time_to(loaded, 50.1) == (18_000, 18_000 / 200 / 60) and sa.time_to(loaded, 101.0) == (np.inf, np.inf)
 
 
+def test_score_of_a_run_that_stops_early(tmp_path):
+    """Evaluations of 10, 20, ... 100; before the fifth's time four had come, of which the last half counts."""
+    loaded, fifth = sa.load_run(make_run(tmp_path / "run", score=100.0)), 15_000 / 200 / 60
+    assert sa.score_within(loaded, fifth - 1e-6) == 35 and sa.score_within(loaded, fifth) == 40
+    assert sa.score_within(loaded, 1e9) == loaded.meta["final_score"] == 80 and np.isnan(sa.score_within(loaded, 0.2))
+
+
 def test_the_mask_in_use_before_the_end_by_hand():
     steps = np.array([0, 100, 200, 300])
     assert [sa.before_end(steps, window) for window in (0, 50, 100, 150, 300, 400)] == [3, 2, 2, 1, 0, 0]

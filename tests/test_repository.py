@@ -28,7 +28,7 @@ SIZES = {  # lines, bytes
     "rlx2_td3_continuous.py": (1757, 95_900),
     "mst_td3_continuous.py": (1885, 102_700),
     "nm_kernel_bench.py": (1357, None),
-    "sad_analysis.py": (1068, None),
+    "sad_analysis.py": (1085, None),
     "run_grid.py": (450, None),
     "check_fork.py": (210, None),
     "export_policy.py": (350, None),
@@ -203,7 +203,8 @@ def test_the_readme_s_numbers_are_those_of_the_results():
     measured = read_table(read("results/end_to_end/summary.md"))[1:]
     assert len(names) > 8 and set(zip(names[1:], speeds[1:], ratios[1:], strict=True)) < set(map(tuple, measured))
     columns = {"active": (0, "active parameters"), "final": (0, "final score iqm"), "minus": (0, "gain")}
-    columns |= {"core": (0, "core minutes")} | {f"{x} %": (1, f"core minutes to {x} %") for x in (50, 90)}
+    columns |= {"core": (0, "core minutes"), "stopped": (1, "gain at equal core minutes")}
+    columns |= {f"{x} %": (1, f"core minutes to {x} %") for x in (50, 90)}
     for place, env in enumerate(ENVS, 1):
         part = read("results/paper/summary.md").partition(f"## {env}")[2]
         tables = read_table(part, 0), read_table(part, 1)  # scores, times
@@ -212,6 +213,9 @@ def test_the_readme_s_numbers_are_those_of_the_results():
         for (head, *row), (key, (which, column)) in zip(said, columns.items(), strict=True):
             cells = [cells[tables[which][0].index(column)].partition(" ")[0] for cells in tables[which][1:6]]
             assert key in head and ["inf" if cell == "-" else cell for cell in row] == cells, (env, head)
+        at_equal_time = {cells[0]: cells[-1] for cells in tables[1][2:6]}  # mean [least, most]
+        more = {label for label, cell in at_equal_time.items() if float(cell.split()[1][1:-1].replace(",", "")) > 0}
+        assert more == ({"dense, as many weights as 1:8"} if "Half" in env else {"1:4", "1:8"})  # in every seed
 
 
 @pytest.mark.parametrize("folder", sorted({path.parents[1] for path in ROOT.glob("results/*/*/meta.json")}))
@@ -240,5 +244,11 @@ def test_the_readme_s_ranges_are_those_of_the_pairs():
         parts = [scores] if name == "2:4" else [{k: v for k, v in scores.items() if k[0] == env} for env in ENVS]
         ranges = [f"{min(x.values()):.2f} to {max(x.values()):.2f}" for x in (costs, *parts)]
         assert len(costs) == 6 and re.findall(r"[\d.]+ to [\d.]+", text) == ranges, name
+    times = {}
+    for name, env in itertools.product(("2:4", "1:4", "1:8"), ENVS):
+        dense, own = (sum(runs[x, env, seed]["cpu_time_s"] for seed in (1, 2, 3)) for x in ("dense", name))
+        times.setdefault(name, []).append(f"{dense / own:.1f}")
+    said = [f"{' to '.join(sorted(found))} times" for found in times.values()]
+    assert re.search("dense takes {} .*? 2:4, {} .*? 1:4, {} .*? 1:8[.]".format(*said), " ".join(README.split()))
     below = {name: sum(share < 1 for share in shares[name, "final_score"].values()) for name in ("1:8", "1:4", "2:4")}
     assert below == {"1:8": 6, "1:4": 5, "2:4": 3} and "below dense in all six pairs, 1:4 in five, 2:4 in three" in part
