@@ -1,6 +1,10 @@
 """check_fork.py passes what is right and names what is not, for each thing that it looks at."""
 
+import os
+import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +17,7 @@ LOOP = "        while state.global_step < args.total_timesteps:\n"
 INIT = "        for name, net in networks.items():  # targets"
 ACT = "    return actor(torch.tensor(obs[None]"
 FAULTS = {
+    "    rng = make_generators(args.seed,": "    rng = make_generators(1,",
     LOOP: f"        noise_left = 1.0\n{LOOP}",  # a local variable: a resume sets it anew
     "exploration_scale * torch.randn(low.shape,": "noise_left * exploration_scale * torch.randn(low.shape,",
     "(act(agent.actor, obs) + noise).clamp(low, high)\n": "(act(agent.actor, obs) + noise).clamp(low, high)\n"
@@ -54,7 +59,7 @@ def test_each_fault_is_named(monkeypatch, capsys, tmp_path):
         text = text.replace(old, new)
     (tmp_path / "fork.py").write_text(text)
     code, found, err = check(monkeypatch, capsys, tmp_path / "fork.py", *FLAGS)
-    assert (code, err) == (1, "") and found["repeats"] == "ok"
+    assert (code, err) == (1, "") and found["repeats"] == "NOT ALIKE: --seed 4321 begins as --seed 1 does"
     assert (
         found["resumes"].startswith("NOT ALIKE: first at step ") and "tensors of model.pt, such as" in found["resumes"]
     )
@@ -79,6 +84,41 @@ def test_runs_of_two_seeds_differ_and_where(dense, small):
     rows = (runs[1] / "metrics.csv").read_text().splitlines()
     (runs[1] / "metrics.csv").write_text("\n".join(rows[:-1]) + "\n")  # what only one logged does not count
     assert check_fork.difference(*runs[:2]) == "1 tensors of model.pt, such as qf2.fc1.bias"
+    model["scale"] = model["qf2"]["fc1.bias"].mean()  # a fork's own entry, and its own file
+    torch.save(model, runs[0] / "model.pt"), (runs[0] / "best.pt").write_bytes(b"1")
+    first, *rest = check_fork.difference(*runs[:2], "outer").split("; ")  # of a resume all must be the same
+    assert first.startswith(f"first at step {int(rows[-1].partition(',')[0])}, ") and first.endswith(" and nan")
+    assert rest == ["2 tensors of model.pt, such as qf2.fc1.bias", "best.pt"]
+
+
+def test_where_half_of_a_run_is(monkeypatch, tmp_path):
+    """With rows and episode ends every 1,000 of 2,500 steps it must be the first."""
+    monkeypatch.setattr(check_fork, "read_meta", lambda _: {"args": {"total_timesteps": 2500}})
+    (tmp_path / "run").mkdir()
+    for text, half in (("global_step,x\n0,\n1000,1", False), ("global_step,x\n0,\n1000,1\n", True)):
+        (tmp_path / "run/metrics.csv").write_text(text)
+        assert check_fork.half_way(tmp_path) == half
+
+
+@pytest.mark.slow
+def test_sigterm_ends_the_runs(dense, tmp_path):
+    command = [sys.executable, ROOT / "check_fork.py", dense.__file__, *FLAGS[:-1], "--total-timesteps=1_000_000"]
+    environment = os.environ | {"TMPDIR": str(tmp_path), "PYTHONPATH": str(ROOT / "tests")}
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+    while len(runs := list(tmp_path.glob("*/*/*/metrics.csv"))) < 2:
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.terminate()
+    assert process.wait(30) == 130 and not list(tmp_path.iterdir())
+    alive = [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(runs[0].parents[1]) in read(path)]
+    assert not alive
+
+
+def read(path):
+    try:
+        return path.read_text()
+    except OSError:  # it ended meanwhile
+        return ""
 
 
 def test_a_run_that_fails_gives_its_last_words(dense, monkeypatch, capsys, tmp_path):
@@ -87,6 +127,9 @@ def test_a_run_that_fails_gives_its_last_words(dense, monkeypatch, capsys, tmp_p
     assert code == 2 and not found.keys() - {"five"} and "tau" in err and "logs: " in err
     code, found, err = check(monkeypatch, capsys, "no_such_file.py")
     assert (code, found) == (2, {}) and err.startswith("error: no_such_file.py: a script, then flags of a new run")
+    monkeypatch.setattr(check_fork, "read_model", lambda _: 1 / 0)
+    code, found, err = check(monkeypatch, capsys, dense.__file__, *FLAGS)
+    assert code == 2 and not found.keys() - {"five"} and err.startswith("error: ZeroDivisionError: division by zero")
     code, _, err = check(monkeypatch, capsys, dense.__file__, "--resume=runs/mine")
     assert code == 2 and err.startswith("error: ['--resume=runs/mine']: a script, then")
     code, _, err = check(monkeypatch, capsys)
