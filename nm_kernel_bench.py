@@ -709,14 +709,16 @@ def draw_speedup(content: dict) -> Figure:
             markersize=3 + 6 / (i + 1),
             linewidth=1 + 3 / (i + 1),
             linestyle="--" if "%" in pattern else "-",
-            label=pattern,
+            label=pattern.replace("%", " % zero, anywhere"),
         )
         ax.axhline(min(ideal_ratio, 2) if gpu else ideal_ratio, color=color, linestyle=":", linewidth=0.8)
     ax.axhline(1, color="black", linewidth=0.8, label=f"as fast as {BASES[base][0]}")
     ax.set_xscale("log", base=2)
     ax.set_yscale("log", base=2)
     ax.set_xticks(widths, map(str, widths))
-    ax.set_yticks([0.5, 1, 2, 4, 8, 16, 32, 64], ["½", "1", "2", "4", "8", "16", "32", "64"])
+    ticks = {0.25: "¼", 0.5: "½"} | {2**i: str(2**i) for i in range(10)}
+    low, high = ax.get_ylim()
+    ax.set_yticks(*zip(*((x, text) for x, text in ticks.items() if low <= x <= high), strict=True))
     ax.set_xlabel("inputs and outputs of the layer")
     ax.set_ylabel(f"times as fast as {BASES[base][0]} (dotted: {ideal})")
     ax.grid(alpha=0.3, linewidth=0.5)

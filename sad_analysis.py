@@ -725,6 +725,8 @@ def draw_divergence(study: Study, _resamples: int) -> Figure:
                 ax.set(title=f"{net} ({count(len(group), 'seed')})", aspect="equal")
                 ax.grid(False)
         row[0].set_ylabel(f"{textwrap.fill(c.label, 25)}\nthousand steps")
+    for ax in axes[-1]:
+        ax.set_xlabel("thousand steps")
     bar = figure.colorbar(image, ax=axes, location="bottom", shrink=0.5, aspect=40, pad=0.02)
     bar.set_label("SAD (share of active weights)")
     return figure
