@@ -550,13 +550,13 @@ class ReplayBuffer:
         return self.Batch(*self.rows.index_select(0, index).to(self.device).split(self.widths, dim=1))
 
     def state_dict(self) -> dict:
-        mine = contents({name: x for name, x in vars(self).items() if name not in ("array", "places")})
+        mine = {name: x for name, x in vars(self).items() if name not in ("array", "places", "Batch")}
         return mine | {"rows": torch.from_numpy(self.array[: self.added])}  # without the empty part
 
     def load_state_dict(self, state: dict) -> None:
         rows = state.pop("rows")
         self.rows[: len(rows)] = rows
-        vars(self).update(put_back(vars(self), state, {}))
+        vars(self).update(state)
 
 
 # --- end shared ---
@@ -1033,42 +1033,39 @@ NUMPY = [np.ndarray, np.dtype, np.zeros(0).__reduce__()[0], np.float64(0).__redu
 torch.serialization.add_safe_globals([*NUMPY, *(type(np.dtype(kind)) for kind in "?bhilqBHILQefd")])
 
 
-def read_torch(path: Path) -> dict:
+def read_torch(path: Path, map_location: str | None = "cpu") -> dict:
     if (broken := zipfile.ZipFile(path).testzip()) is not None:  # torch.load does not look at checksums
         raise ValueError(f"{broken} is not what was written")
-    return torch.load(path, weights_only=True, map_location="cpu", mmap=True)
+    return torch.load(path, weights_only=True, map_location=map_location, mmap=True)
 
 
 def save_checkpoint(run: Run, state: "State", agent: "Agent", rb: ReplayBuffer, rng: dict, env: gym.Env) -> None:
     """All that a resume needs at an episode's end, in one file."""
+
+    def write(file) -> None:
+        torch.save(content, file)
+        file.flush()
+        read_torch(file.name)
+
     with run.timed("pauses"):
-        found = parts(vars(agent) | vars(state))
-        if changed := found ^ (run.parts or found):
-            raise UserError(f"{changed}: networks and optimizers of Agent and State must be there from start to end")
-        run.parts = found
         write_files(run, state, agent, rb)
         os.fsync(run.csv.fileno())
         state.times, state.csv_bytes = run.times().tolist(), os.fstat(run.csv.fileno()).st_size
-        content = {"agent": contents(vars(agent)), "state": contents(vars(state))}
-        content |= {"rb": rb.state_dict(), "globals": get_globals()}
+        content = {"rb": rb.state_dict(), "globals": get_globals()}
         content |= {"rng": {name: generator.get_state() for name, generator in rng.items()}}
         content |= {"env": [part.np_random.bit_generator.state for part in (env.unwrapped, env.action_space)]}
-
-        def write(file) -> None:
-            try:
-                torch.save(content, file)
-                file.flush()
-                read_torch(file.name)
-            except (pickle.PickleError, AttributeError, TypeError) as error:
-                kind = re.search(r"GLOBAL (\S+)", str(error)) or ["", first_line(error)]
-                raise UserError(f"Agent, State or replay holds what no checkpoint can: {kind[1]}") from None
-
-        write_atomic(run.dir / "checkpoint.pt", write)
-        run.last_checkpoint = state.global_step
+        try:
+            content |= pack({"agent": vars(agent), "state": vars(state)})
+            if changed := content["parts"].keys() ^ (run.parts or content["parts"].keys()):
+                raise UserError(f"{changed}: networks and optimizers must be in Agent and State from start to end")
+            write_atomic(run.dir / "checkpoint.pt", write)
+        except (pickle.PickleError, AttributeError, TypeError) as error:
+            kind = re.search(r"GLOBAL (\S+)", str(error)) or ["", first_line(error)]
+            raise UserError(f"Agent, State or replay holds what no checkpoint can: {kind[1]}") from None
+        run.parts, run.last_checkpoint = set(content["parts"]), state.global_step
 
 
 CODE = type, types.FunctionType, types.BuiltinFunctionType, types.MethodType  # is no state: the script makes it again
-PART = "network or optimizer"
 
 
 def held(x) -> list[torch.Tensor]:
@@ -1078,56 +1075,57 @@ def held(x) -> list[torch.Tensor]:
     return [param for group in getattr(x, "param_groups", []) for param in group["params"]]
 
 
-def parts(x, place: str = "") -> set[str]:
-    """Where networks and optimizers are."""
-    if hasattr(x, "load_state_dict") and not isinstance(x, CODE):
-        return {place[1:]}
-    items = x.items() if isinstance(x, dict) else enumerate(x) if type(x) in (list, tuple) else ()
-    return {found for name, value in items for found in parts(value, f"{place}.{name}")}
+def leaves(x, place: str = "") -> dict:
+    """What dicts, lists and tuples hold, by place."""
+    if not isinstance(x, dict) and type(x) not in (list, tuple):
+        return {place[1:]: x}
+    items = x.items() if isinstance(x, dict) else enumerate(x)
+    return {key: leaf for name, value in items for key, leaf in leaves(value, f"{place}.{name}").items()}
 
 
-def contents(x):
-    """What `put_back` takes: of networks the state_dict, requires_grad, and the modules' own numbers and strings."""
-    if type(x) in (dict, OrderedDict):
-        return type(x)((name, contents(value)) for name, value in x.items() if not isinstance(value, CODE))
-    if type(x) in (list, tuple):
-        return type(x)(contents(value) for value in x)
-    if not hasattr(x, "state_dict"):
-        return x
-    modules = x.modules() if isinstance(x, nn.Module) else []
-    plain = [{name: y for name, y in vars(m).items() if isinstance(y, bool | int | float | str)} for m in modules]
-    return {PART: x.state_dict(), "plain": plain, "held": held(x)}
+def parts(things: dict) -> dict:
+    """Networks and optimizers among them."""
+    found = {place: x for place, x in leaves(things).items() if not isinstance(x, CODE)}
+    return {place: x for place, x in found.items() if hasattr(x, "load_state_dict")}
 
 
-def put_back(x, saved, live: dict):
-    """What takes x's place: x with its old values if it is a network or an optimizer, else `saved`.
+def pack(things: dict[str, dict]) -> dict:
+    """A copy of attributes for `unpack`. In place of a network or an optimizer stands what it holds: its state_dict,
+    its tensors, the modules' own numbers and strings. Raises TypeError for views, which would come back as copies."""
+    saved, memo, memory = {}, {}, set()  # memo: id of x -> what deepcopy takes for x
+    for place, part in parts(things).items():
+        modules = part.modules() if isinstance(part, nn.Module) else []
+        plain = [{name: x for name, x in vars(m).items() if isinstance(x, bool | int | float | str)} for m in modules]
+        saved[place] = memo[id(part)] = {"state_dict": part.state_dict(), "held": held(part), "plain": plain}
+        memo |= {id(tensor): tensor for tensor in held(part)}
+        memory |= {tensor.untyped_storage().data_ptr() for tensor in held(part) if tensor.numel()}
+    for place, x in leaves(things).items():
+        if isinstance(x, torch.Tensor) and id(x) not in memo:
+            if x.untyped_storage().data_ptr() in memory:
+                raise TypeError(f"{place}, a view of a network's tensor: keep the tensor or a clone()")
+            memo[id(x)] = x.detach() if x.grad_fn else x
+    own = {name: {key: x for key, x in thing.items() if not isinstance(x, CODE)} for name, thing in things.items()}
+    return {"parts": saved, "own": copy.deepcopy(own, memo)}
 
-    live: address and form of what these held, in `saved`, -> what they hold now. So a tensor of theirs that had a
-    second name, say in a list, has it again. It is complete after a call.
-    """
-    if hasattr(x, "load_state_dict"):
-        x.load_state_dict(saved[PART])
-        for module, plain in zip(x.modules() if saved["plain"] else [], saved["plain"], strict=True):
+
+def unpack(packed: dict, things: dict[str, dict]) -> None:
+    """Bring attributes back, into the networks and optimizers there; their tensors keep their other names."""
+    found, memo = parts(things), {}
+    if changed := found.keys() ^ packed["parts"].keys():
+        raise ValueError(f"{changed} of Agent or State was not there from the start")
+    for place, part in found.items():
+        saved = packed["parts"][place]
+        memo[id(saved)] = part
+        part.load_state_dict(saved["state_dict"])
+        for module, plain in zip(part.modules() if saved["plain"] else [], saved["plain"], strict=True):
             vars(module).update(plain)
-        for tensor, old in zip(held(x), saved["held"], strict=True):
+        for tensor, old in zip(held(part), saved["held"], strict=True):
             tensor.data.copy_(old)
             tensor.requires_grad_(old.requires_grad)
-            if old.numel() and live.setdefault((old.data_ptr(), old.shape, old.stride()), tensor) is not tensor:
+            if memo.setdefault(id(old), tensor) is not tensor:
                 raise ValueError("networks changed names, or two are one now")
-        return x
-    if type(saved) is dict and PART in saved:
-        raise ValueError("State or Agent had a network or an optimizer that it has not from the start")
-    if type(saved) in (dict, OrderedDict):
-        fresh = x if isinstance(x, dict) else {}
-        code = {name: value for name, value in fresh.items() if isinstance(value, CODE)}
-        return type(saved)(code | {name: put_back(fresh.get(name), value, live) for name, value in saved.items()})
-    if type(saved) in (list, tuple):
-        fresh = [*(x if type(x) is type(saved) else ()), *[None] * len(saved)]
-        return type(saved)(put_back(a, b, live) for a, b in zip(fresh, saved, strict=False))
-    if isinstance(saved, torch.Tensor):
-        own = saved.to(x.device) if isinstance(x, torch.Tensor) else saved
-        return live.get((saved.data_ptr(), saved.shape, saved.stride()), own)
-    return saved
+    for name, own in copy.deepcopy(packed["own"], memo).items():
+        things[name].update(own)
 
 
 def load_checkpoint(args: "Args", state: "State", agent: "Agent", rb: ReplayBuffer, rng: dict, env: gym.Env) -> None:
@@ -1136,10 +1134,8 @@ def load_checkpoint(args: "Args", state: "State", agent: "Agent", rb: ReplayBuff
     if not path.exists():
         raise UserError(f"{path} is missing: the run has not come to one, or it finished without --keep-replay")
     try:
-        content = read_torch(path)
-        live = {}  # complete after the first pass
-        for thing, saved in [(agent, content["agent"]), (state, content["state"])] * 2:
-            vars(thing).update(put_back(vars(thing), saved, live))
+        content = read_torch(path, map_location=None)
+        unpack(content, {"agent": vars(agent), "state": vars(state)})
         rb.load_state_dict(content["rb"])
         for name, generator in rng.items():
             generator.set_state(content["rng"][name])

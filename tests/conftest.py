@@ -80,7 +80,7 @@ def steps_with(run_dir, key="charts/episodic_return"):
 
 
 def checkpoint_step(run_dir):
-    return torch.load(Path(run_dir) / "checkpoint.pt", weights_only=True)["state"]["global_step"]
+    return torch.load(Path(run_dir) / "checkpoint.pt", weights_only=True)["own"]["state"]["global_step"]
 
 
 def read_model(run_dir):

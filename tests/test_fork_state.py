@@ -89,29 +89,36 @@ def test_values_come_back_as_they_were(dense):
         return old | {
             "adam": torch.optim.Adam([alpha], lr=0.1),
             "plain": torch.zeros(1),
-            "fun": {"f": torch.relu},
-            "kept": 1,
-            "ordered": OrderedDict(alpha=alpha, f=len),
+            "fun": torch.relu,
+            "ordered": OrderedDict(alpha=alpha),
         }
 
     then = make()
     then["first"] = then["first"].detach().clone() + 1  # an older copy now, no name of the weight any more
     then |= {"plain": torch.ones(3, dtype=torch.float64), "new": [{"b": 1}], "copy": then["alphas"][0]}
-    del then["kept"]
+    then["loss"] = 2 * then["alphas"][0]  # not detached
     then["alphas"][0].data += 5
     then["alphas"][0].requires_grad_(False)
-    saved, now, live = dense.contents(then), make(), {}
+    now = make()
     net, alpha = now["net"], now["alphas"][0]
-    for _ in range(2):
-        now = dense.put_back(now, saved, live)
+    dense.unpack(dense.pack({"agent": then}), {"agent": now})
     assert now["net"] is net and torch.equal(net.weight, then["net"].weight)
     assert now["params"][0] is net.weight and now["params"][1] is net.bias
     assert torch.equal(now["first"], net.weight + 1)
     assert now["alphas"][0] is now["copy"] is now["adam"].param_groups[0]["params"][0] is alpha
     assert torch.equal(alpha, torch.full((2,), 5.0)) and not alpha.requires_grad and now["alphas"][1] == 1
     assert torch.equal(now["plain"], torch.ones(3, dtype=torch.float64)) and now["new"] == [{"b": 1}]
-    assert now["fun"] == {"f": torch.relu} and "kept" not in now
-    assert type(now["ordered"]) is OrderedDict and now["ordered"]["alpha"] is alpha and now["ordered"]["f"] is len
+    assert now["fun"] is torch.relu and torch.equal(now["loss"], torch.zeros(2)) and not now["loss"].requires_grad
+    assert type(now["ordered"]) is OrderedDict and now["ordered"]["alpha"] is alpha
+
+
+@pytest.mark.parametrize("view", [lambda w: w.data, lambda w: w[0], lambda w: w.detach().T])
+def test_views_of_what_networks_hold_are_refused(dense, view):
+    """After a resume they would be copies, which nothing trains."""
+    net = nn.Linear(2, 1)
+    with pytest.raises(TypeError, match=r"agent\.kept\.0\.w, a view of a network's tensor"):
+        dense.pack({"agent": {"net": net, "kept": [{"w": view(net.weight)}]}})
+    dense.pack({"agent": {"net": net, "kept": [{"w": view(net.weight).clone()}], "same": net.weight}})
 
 
 def test_swapped_networks_are_refused(dense):
@@ -119,10 +126,10 @@ def test_swapped_networks_are_refused(dense):
     things = {"a": nn.Linear(2, 1), "b": nn.Linear(2, 1)}
     things["adam"] = torch.optim.Adam([*things["a"].parameters(), *things["b"].parameters()])
     fresh = copy.deepcopy(things)
-    dense.put_back(copy.deepcopy(things), dense.contents(things), {})
+    dense.unpack(dense.pack({"agent": things}), {"agent": copy.deepcopy(things)})
     things |= {"a": things["b"], "b": things["a"]}
     with pytest.raises(ValueError, match="networks changed names"):
-        dense.put_back(fresh, dense.contents(things), {})
+        dense.unpack(dense.pack({"agent": things}), {"agent": fresh})
 
 
 class Noise:
@@ -152,7 +159,7 @@ def test_what_a_resume_can_not_read_is_said_by_the_checkpoint(dense, kept, name,
     with pytest.raises(dense.UserError, match=f"what no checkpoint can: .*{name}"):
         dense.train(dense.Args(**SMALL | {"checkpoint_interval": 100}, runs_dir=str(tmp_path)))
     (path,) = tmp_path.glob("*/checkpoint.pt")
-    assert dense.read_torch(path)["state"]["global_step"] == 0 and not list(tmp_path.glob("*/*.tmp"))
+    assert dense.read_torch(path)["own"]["state"]["global_step"] == 0 and not list(tmp_path.glob("*/*.tmp"))
 
 
 @pytest.mark.parametrize("place", ["best", "pool.0"])
@@ -173,13 +180,13 @@ def test_a_network_that_comes_late_is_said_at_the_next_checkpoint(dense, place, 
 
     monkeypatch.setattr(dense.Agent, "__init__", init)
     monkeypatch.setattr(dense, "update_agent", update)
-    with pytest.raises(dense.UserError, match=rf"'{place}'}}: networks and .* from start to end"):
+    with pytest.raises(dense.UserError, match=rf"'agent.{place}'}}: networks and .* from start to end"):
         dense.train(dense.Args(**SMALL | {"checkpoint_interval": 100}, runs_dir=str(tmp_path)))
     (path,) = tmp_path.glob("*/checkpoint.pt")
     content = dense.read_torch(path)
-    assert content["state"]["global_step"] == 0
-    with pytest.raises(ValueError, match="a network or an optimizer that it has not from the start"):
-        dense.put_back({}, content["agent"], {})
+    assert content["own"]["state"]["global_step"] == 0
+    with pytest.raises(ValueError, match="was not there from the start"):
+        dense.unpack(content, {"agent": {}, "state": {}})
 
 
 @pytest.mark.parametrize("kernel", ["nm", "torch"])
