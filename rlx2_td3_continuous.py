@@ -395,6 +395,7 @@ class State:
     def __init__(self):
         self.global_step, self.update = 0, 0  # environment steps taken, critic updates done
         self.losses = {}  # of the last update
+        self.form = None  # of Agent's and State's networks and optimizers, at the first checkpoint
         self.evaluations = []  # [global_step, mean return], but for the one at step 0
         self.times, self.csv_bytes = [0.0, 0.0], 0  # training seconds by wall and CPU clock, length of metrics.csv
 
@@ -718,7 +719,7 @@ class ReplayBuffer:
         return self.Batch(*first, last.next_observations, rewards, last.dones, self.gamma ** length[:, None])
 
     def state_dict(self) -> dict:
-        mine = {name: x for name, x in vars(self).items() if name not in ("array", "places", "Rows", "Batch")}
+        mine = {k: x for k, x in vars(self).items() if k not in ("array", "places") and not isinstance(x, CODE)}
         return mine | {"rows": torch.from_numpy(self.array[: self.added])}  # without the empty part
 
     def load_state_dict(self, state: dict) -> None:
@@ -992,7 +993,6 @@ class Run:
 
     def __init__(self, args: "Args", columns: list[str], stats: dict, state: "State"):
         self.args, self.stop_signal, self.last_checkpoint = args, None, state.global_step if args.resume else None
-        self.parts = None  # the names of networks and optimizers in Agent and State
         facts = machine_facts(args) | stats
         if args.resume:
             self.dir, self.meta = Path(args.resume), read_run(args.resume)[0]
@@ -1197,7 +1197,7 @@ def write_atomic(path: Path, write) -> None:
 
 # What numpy's arrays and scalars are made of: torch.load may meet them in a checkpoint.
 NUMPY = [np.ndarray, np.dtype, np.zeros(0).__reduce__()[0], np.float64(0).__reduce__()[0]]
-torch.serialization.add_safe_globals([*NUMPY, *(type(np.dtype(kind)) for kind in "?bhilqBHILQefd")])
+torch.serialization.add_safe_globals([*NUMPY, *(type(np.dtype(kind)) for kind in "?bhilqBHILQefdFD")])
 
 
 def read_torch(path: Path, map_location: str | None = "cpu") -> dict:
@@ -1218,18 +1218,21 @@ def save_checkpoint(run: Run, state: "State", agent: "Agent", rb: ReplayBuffer, 
         write_files(run, state, agent, rb)
         os.fsync(run.csv.fileno())
         state.times, state.csv_bytes = run.times().tolist(), os.fstat(run.csv.fileno()).st_size
+        state.losses = {name: x.detach().clone() for name, x in state.losses.items()}  # may be views of networks
         content = {"rb": rb.state_dict(), "globals": get_globals()}
         content |= {"rng": {name: generator.get_state() for name, generator in rng.items()}}
         content |= {"env": [part.np_random.bit_generator.state for part in (env.unwrapped, env.action_space)]}
         try:
+            form = forms({"agent": vars(agent), "state": vars(state)})
+            state.form = state.form or form
+            if changed := sorted(key for key in form | state.form if form.get(key) != state.form.get(key)):
+                raise UserError(f"{changed}: Agent and State must have the same networks and optimizers to the end")
             content |= pack({"agent": vars(agent), "state": vars(state)})
-            if changed := content["parts"].keys() ^ (run.parts or content["parts"].keys()):
-                raise UserError(f"{changed}: networks and optimizers must be in Agent and State from start to end")
             write_atomic(run.dir / "checkpoint.pt", write)
-        except (pickle.PickleError, AttributeError, TypeError) as error:
+        except (pickle.PickleError, AttributeError, TypeError, RuntimeError, ValueError) as error:
             kind = re.search(r"GLOBAL (\S+)", str(error)) or ["", first_line(error)]
             raise UserError(f"Agent, State or replay holds what no checkpoint can: {kind[1]}") from None
-        run.parts, run.last_checkpoint = set(content["parts"]), state.global_step
+        run.last_checkpoint = state.global_step
 
 
 CODE = type, types.FunctionType, types.BuiltinFunctionType, types.MethodType  # is no state: the script makes it again
@@ -1252,8 +1255,16 @@ def leaves(x, place: str = "") -> dict:
 
 def parts(things: dict) -> dict:
     """Networks and optimizers among them."""
-    found = {place: x for place, x in leaves(things).items() if not isinstance(x, CODE)}
-    return {place: x for place, x in found.items() if hasattr(x, "load_state_dict")}
+    return {place: x for place, x in sorted(leaves(things).items()) if hasattr(type(x), "load_state_dict")}
+
+
+def forms(things: dict) -> dict:
+    """Of networks and optimizers the type, and of each tensor that one holds its first holder, shape and dtype."""
+    first, found = {}, {}
+    for place, x in parts(things).items():
+        found[place] = [type(x).__name__]
+        found[place] += [(first.setdefault(id(t), f"{place} {i}"), [*t.shape], t.dtype) for i, t in enumerate(held(x))]
+    return found
 
 
 def pack(things: dict[str, dict]) -> dict:
@@ -1267,20 +1278,22 @@ def pack(things: dict[str, dict]) -> dict:
         memo |= {id(tensor): tensor for tensor in held(part)}
         memory |= {tensor.untyped_storage().data_ptr() for tensor in held(part) if tensor.numel()}
     for place, x in leaves(things).items():
-        if isinstance(x, torch.Tensor) and id(x) not in memo:
-            if x.untyped_storage().data_ptr() in memory:
+        if isinstance(x, CODE) and place.count(".") > 1:
+            raise TypeError(f"{place}, a function or a class: make it an attribute of its own")
+        if isinstance(x, torch.Tensor | np.ndarray) and id(x) not in memo:
+            if torch.is_tensor(x) and x.untyped_storage().data_ptr() in memory:
                 raise TypeError(f"{place}, a view of a network's tensor: keep the tensor or a clone()")
-            memo[id(x)] = x.detach() if x.grad_fn else x
+            memo[id(x)] = x.detach() if getattr(x, "grad_fn", None) else x
     own = {name: {key: x for key, x in thing.items() if not isinstance(x, CODE)} for name, thing in things.items()}
     return {"parts": saved, "own": copy.deepcopy(own, memo)}
 
 
 def unpack(packed: dict, things: dict[str, dict]) -> None:
     """Bring attributes back, into the networks and optimizers there; their tensors keep their other names."""
-    found, memo = parts(things), {}
-    if changed := found.keys() ^ packed["parts"].keys():
-        raise ValueError(f"{changed} of Agent or State was not there from the start")
-    for place, part in found.items():
+    if forms(things) != packed["own"]["state"]["form"]:
+        raise ValueError("Agent or State begins with other networks, optimizers or tensors of theirs")
+    memo = {id(x): x for x in leaves(packed["own"]).values() if isinstance(x, torch.Tensor | np.ndarray)}
+    for place, part in parts(things).items():
         saved = packed["parts"][place]
         memo[id(saved)] = part
         part.load_state_dict(saved["state_dict"])
@@ -1289,8 +1302,7 @@ def unpack(packed: dict, things: dict[str, dict]) -> None:
         for tensor, old in zip(held(part), saved["held"], strict=True):
             tensor.data.copy_(old)
             tensor.requires_grad_(old.requires_grad)
-            if memo.setdefault(id(old), tensor) is not tensor:
-                raise ValueError("networks changed names, or two are one now")
+            memo[id(old)] = tensor
     for name, own in copy.deepcopy(packed["own"], memo).items():
         things[name].update(own)
 

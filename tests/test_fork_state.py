@@ -1,6 +1,7 @@
 """What a fork keeps in Agent, State, networks and replay comes back at a resume, or the run says that it can't."""
 
 import copy
+import io
 from collections import OrderedDict, deque
 
 import numpy as np
@@ -80,6 +81,15 @@ def test_what_agent_and_state_hold_survives_a_resume(dense, tmp_path, monkeypatc
     assert whole[5:7] == [600, [300, 300]] and tuple(map(float, whole[7])) == (300, 300)
 
 
+def bring_back(dense, then, now, **beside):
+    """Through a file; returns what came back beside Agent and State."""
+    things = {"agent": then, "state": {"form": dense.forms({"agent": then})}}
+    torch.save(dense.pack(things) | beside, file := io.BytesIO())
+    content = torch.load(io.BytesIO(file.getvalue()), weights_only=True)
+    dense.unpack(content, {"agent": now, "state": {}})
+    return content
+
+
 def test_values_come_back_as_they_were(dense):
     """What a network or an optimizer held has its other names again; all else is taken as it is, under its own name."""
 
@@ -101,7 +111,9 @@ def test_values_come_back_as_they_were(dense):
     then["alphas"][0].requires_grad_(False)
     now = make()
     net, alpha = now["net"], now["alphas"][0]
-    dense.unpack(dense.pack({"agent": then}), {"agent": now})
+    then["priorities"] = np.ones(3)
+    replay = bring_back(dense, then, now, rb={"priorities": then["priorities"]})["rb"]
+    assert now["priorities"] is replay["priorities"] and now["priorities"].sum() == 3
     assert now["net"] is net and torch.equal(net.weight, then["net"].weight)
     assert now["params"][0] is net.weight and now["params"][1] is net.bias
     assert torch.equal(now["first"], net.weight + 1)
@@ -126,10 +138,10 @@ def test_swapped_networks_are_refused(dense):
     things = {"a": nn.Linear(2, 1), "b": nn.Linear(2, 1)}
     things["adam"] = torch.optim.Adam([*things["a"].parameters(), *things["b"].parameters()])
     fresh = copy.deepcopy(things)
-    dense.unpack(dense.pack({"agent": things}), {"agent": copy.deepcopy(things)})
+    bring_back(dense, things, copy.deepcopy(things))
     things |= {"a": things["b"], "b": things["a"]}
-    with pytest.raises(ValueError, match="networks changed names"):
-        dense.unpack(dense.pack({"agent": things}), {"agent": fresh})
+    with pytest.raises(ValueError, match="begins with other networks"):
+        bring_back(dense, things, fresh)
 
 
 class Noise:
@@ -143,7 +155,8 @@ class Noise:
         (Noise(), "Noise"),
         (deque(), r"collections\.deque"),
         (np.random.default_rng(1), "generator"),
-        ([lambda: 0], "lambda"),
+        ([lambda: 0], r"agent\.kept\.0, a function or a class"),
+        (torch.eye(2).to_sparse(), "storage"),
         ((i for i in range(3)), "generator"),
     ],
 )
@@ -162,30 +175,30 @@ def test_what_a_resume_can_not_read_is_said_by_the_checkpoint(dense, kept, name,
     assert dense.read_torch(path)["own"]["state"]["global_step"] == 0 and not list(tmp_path.glob("*/*.tmp"))
 
 
-@pytest.mark.parametrize("place", ["best", "pool.0"])
+@pytest.mark.parametrize("place", ["best", "pool.0", "oldest"])
 def test_a_network_that_comes_late_is_said_at_the_next_checkpoint(dense, place, tmp_path, monkeypatch):
-    """No resume could make it; the checkpoint before it stays."""
+    """No resume could make it, or it would make two of one; the checkpoint before it stays."""
     update_agent, make_agent = dense.update_agent, dense.Agent.__init__
 
     def init(agent, *args, **options):
         make_agent(agent, *args, **options)
-        agent.pool = []
+        agent.pool, agent.oldest = [], agent.actor
 
     def update(agent, *args):
-        if place == "best":
-            agent.best = copy.deepcopy(agent.actor)
+        if place != "pool.0":
+            setattr(agent, place, copy.deepcopy(agent.actor))
         else:
             agent.pool[:] = [copy.deepcopy(agent.actor)]
         return update_agent(agent, *args)
 
     monkeypatch.setattr(dense.Agent, "__init__", init)
     monkeypatch.setattr(dense, "update_agent", update)
-    with pytest.raises(dense.UserError, match=rf"'agent.{place}'}}: networks and .* from start to end"):
+    with pytest.raises(dense.UserError, match=rf"'agent.{place}'\]: Agent and State must have the same"):
         dense.train(dense.Args(**SMALL | {"checkpoint_interval": 100}, runs_dir=str(tmp_path)))
     (path,) = tmp_path.glob("*/checkpoint.pt")
     content = dense.read_torch(path)
     assert content["own"]["state"]["global_step"] == 0
-    with pytest.raises(ValueError, match="was not there from the start"):
+    with pytest.raises(ValueError, match="begins with other networks"):
         dense.unpack(content, {"agent": {}, "state": {}})
 
 
