@@ -282,7 +282,7 @@ def test_a_stopped_grid_goes_on(grid, tmp_path, number):
 
 
 def test_a_second_signal_kills(grid, tmp_path):
-    process = grid("toy.py --mode deaf --total-timesteps 3000", wait=False)
+    process = grid("toy.py --mode deaf --total-timesteps 3000", more=("--workers", 2), wait=False)
     wait_for(lambda: len(started(tmp_path)) == len(list(tmp_path.glob("runs/*/checkpoint.pt"))) == 2)
     process.send_signal(signal.SIGINT)
     assert process.stdout.readline().startswith("started: ") and process.stdout.readline().startswith("started: ")
