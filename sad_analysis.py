@@ -37,7 +37,7 @@ import torch
 import torch.nn.functional as F
 import tyro
 from matplotlib import colormaps, rc
-from matplotlib.colors import to_hex
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
@@ -565,8 +565,8 @@ def configure(runs: list[Run]) -> tuple[list[Configuration], list[tuple[str, str
     groups.sort(key=lambda item: (place(item[1][0]), item[0]))
     for label, group in groups:
         color = pattern_color(group[0].pattern)
-        i = sum(c.look["color"] == color for c in configurations) % 8
-        look = {"color": color, "linestyle": LINES[i]}
+        i = sum(pattern_color(c.first.pattern) == color for c in configurations) % 8
+        look = {"color": shade(color, i), "linestyle": LINES[i]}
         configurations.append(Configuration(label, group, look, MARKERS[i]))
     return configurations, replaced
 
@@ -612,7 +612,8 @@ def pattern_color(pattern: str) -> str:
 # --- end shared ---
 
 
-# Configurations of one colour differ in the line.
+# Configurations of one colour differ in the line and in how much white (positive) or black is mixed in.
+SHADES = [0, 0.4, -0.4, 0.6, -0.6, 0.2, -0.2, 0.7]
 LINES = ["-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)), (0, (8, 2)), (0, (1, 3)), (0, (8, 2, 1, 2))]
 MARKERS = "osD^vP*X"
 STEPS = "thousand environment steps"
@@ -620,6 +621,12 @@ rc("font", size=8)
 rc("axes", grid=True, titlesize=9)
 rc("axes.spines", top=False, right=False)
 rc("grid", alpha=0.3, linewidth=0.5)
+
+
+def shade(color: str, i: int) -> str:
+    """The i-th shade of a colour."""
+    share = abs(SHADES[i])
+    return to_hex([(1 - share) * x + share * (SHADES[i] > 0) for x in to_rgb(color)])
 
 
 def new_figure(title: str, rows: int, columns: int, height: float, **options) -> tuple[Figure, np.ndarray]:
@@ -759,7 +766,8 @@ def draw_interval(study: Study, resamples: int) -> Figure | None:
     order = sorted({K for found in families.values() for K in found})
     figure, (axes,) = new_figure(f"How often should masks move? {study.name}", 1, 2, 3.4)
     for i, (name, found) in enumerate(families.items()):
-        look = next(iter(found.values())).look | {"marker": MARKERS[i % 8], "linestyle": LINES[i % 8]}
+        color = pattern_color(next(iter(found.values())).first.pattern)
+        look = {"color": color, "marker": MARKERS[i % 8], "linestyle": LINES[i % 8]}
         scores = {K: c.scores for K, c in found.items()}
         moved = {K: np.array([settled_sad(run, math.inf) for run in c.runs]) for K, c in found.items()}
         for ax, values in zip(axes, (scores, moved), strict=True):
@@ -874,7 +882,8 @@ def correlation_texts(study: Study, resamples: int) -> list[str]:
         if total >= 3:
             rho = estimate("rho", found, correlation, resamples)
             rho = span(rho, "rho") if total >= 10 else f"{rho['rho']:.2f} (too few runs to conclude)"
-            text = f"{name}: rank correlation {rho}, {count(total, 'run')} of {count(len(found), 'configuration')}"
+            what = f"{count(total, 'run')} of {count(len(found), 'configuration')}"
+            text = f"{name}: rank correlation within each configuration {rho}, {what}"
         texts.append(text)
     return texts
 

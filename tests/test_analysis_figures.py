@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import ROOT
+from matplotlib.colors import to_rgb
 from test_analysis import load, make_run, run
 
 import sad_analysis as sa
@@ -33,7 +34,7 @@ def test_what_is_drawn_by_hand(tmp_path):
     assert band[:, 1].max() <= 1000 and band[band[:, 0] == 30, 1].min() < 300 < band[band[:, 0] == 30, 1].max()
     assert [line.get_label().partition(" ")[0] for line in named[1]] == ["1:4"]  # dense ran on several machines
     colors = {c.first.pattern: c.look["color"] for c in study.configurations}
-    assert len(set(colors.values())) == 3 and colors["1:4"] == sa.COLORS["1:4"]
+    assert len(set(colors.values())) == 3 and colors["1:4"] == sa.COLORS["1:4"].lower()
 
 
 def test_time_to_a_return_by_hand(monkeypatch, capsys, tmp_path):
@@ -102,7 +103,8 @@ def test_topologies_without_structure_beside_nm(dense, rnm, rlx2, small, monkeyp
     assert labels[4:] == family and all(study.dense(c).label == "dense" for c in study.configurations)
     assert study.plain("RLx2 70/60", 16).label == "RLx2 70/60"
     looks = [(c.look["color"], str(c.look["linestyle"])) for c in study.configurations]
-    assert len(set(looks)) == len(looks) and study.configurations[4].look["color"] == sa.COLORS["RLx2"]
+    assert len(set(looks)) == len(looks) and looks[:2] == [("#000000", "-"), ("#666666", "--")]
+    assert looks[4][0] == sa.COLORS["RLx2"].lower() != looks[5][0]
     assert len(list((tmp_path / "a").glob("*.png"))) >= 7 and out.count("| SET 70/60 | 1 |") == 2  # scores, times
     monkeypatch.setattr(sa, "draw", lambda *_: [])
     argv = ("--no-track", "--out", tmp_path / "b", "--thin", tmp_path / "thin")
@@ -149,7 +151,8 @@ def test_module_specific_training(mst, small, monkeypatch, capsys, tmp_path):
         "static/static 60/60",
     ]
     assert all(study.dense(c).label == "dense" for c in study.configurations)
-    assert study.configurations[2].look["color"] == sa.COLORS["MST"]
+    light, base = (to_rgb(study.configurations[i].look["color"]) for i in (2, 1))
+    assert base == to_rgb(sa.COLORS["MST"]) and light == pytest.approx([0.6 * x + 0.4 for x in base], abs=1 / 255)
     figure = sa.draw_plasticity(study, 100)
     assert len(figure.axes) == 18 and [len(ax.lines) for ax in figure.axes[:3]] == [6, 6, 6]
     assert len(list((tmp_path / "a").glob("*_plasticity.png"))) == 1

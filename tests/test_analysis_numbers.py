@@ -94,7 +94,9 @@ def test_correlation_texts(tmp_path):
         make_run(tmp_path / f"c{seed}", seed=seed, score=80.0 * seed, n=2)
     (study,), _, _ = load(tmp_path)
     two, one, every = sa.correlation_texts(study, 100)
-    assert two.startswith("2:4: rank correlation ") and "], 12 runs of 2 configurations" in two
+    assert (
+        two.startswith("2:4: rank correlation within each configuration ") and "], 12 runs of 2 configurations" in two
+    )
     assert one.startswith("1:4: rank correlation ") and "(too few runs to conclude), 6 runs of 1 configuration" in one
     assert every.startswith("all: rank correlation ") and every.endswith("18 runs of 3 configurations")
 
