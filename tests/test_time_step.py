@@ -51,3 +51,16 @@ def test_the_parts_of_a_run(rnm, monkeypatch, tmp_path):
     plain = {"learning_starts": 150, "total_timesteps": 401, "eval_interval": 401, "eval_episodes": 1}
     train(rnm.Args(**settings | plain, track=False, runs_dir=str(tmp_path / "plain")))
     assert_same_model(*(next((tmp_path / name).iterdir()) for name in ("timed", "plain")))
+
+
+def test_what_the_page_concludes_from_its_table():
+    page = (ROOT / "results/step/README.md").read_text()
+    head, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if "|" in line)
+    table = {name: [float(cell.replace(",", "") or 0) for cell in cells] for name, *cells in rows}
+    products, step = (dict(zip(head[1:], table[name], strict=True)) for name in ("sparse products in C", "a step"))
+    free, now = (
+        [f"{step['dense'] / (step[x] - spent[x]):.1f}" for x in ("1:8", "RLx2 96/88")]
+        for spent in (products, dict.fromkeys(step, 0))
+    )
+    said = "1:8 would train {} times as fast as dense in this run, not {}, and RLx2 {} times, not {}."
+    assert said.format(free[0], now[0], free[1], now[1]) in page
