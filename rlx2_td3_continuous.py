@@ -693,9 +693,12 @@ class ReplayBuffer:
         self.added += 1
         self.oldest = max(self.oldest, self.added - self.size)
 
-    def oldest_rows(self, count: int):
-        index = torch.arange(self.oldest, min(self.added, self.oldest + count)) % self.size
+    def take(self, numbers: torch.Tensor):
+        index = numbers % self.size
         return self.Rows(*self.rows.index_select(0, index).to(self.device).split(self.widths, dim=1))
+
+    def oldest_rows(self, count: int):
+        return self.take(torch.arange(self.oldest, min(self.added, self.oldest + count)))
 
     def sample(self, batch_size: int, generator: torch.Generator, nstep: int = 1):
         """Transitions of up to nstep steps, drawn with replacement; they end where the episode does (R8).
@@ -703,20 +706,21 @@ class ReplayBuffer:
         rewards [B, 1]: sum over the steps k of gamma^k r_k; discounts: gamma^steps, for the value of next_observations.
         """
         n = min(nstep, len(self))
-        start = self.oldest + torch.randint(len(self) - n + 1, (batch_size, 1), generator=generator)
-        index = (start + torch.arange(n)) % self.size  # [B, n], never across the newest row
-        window = self.rows.index_select(0, index.view(-1)).to(self.device).view(batch_size, n, -1)
-        rows = self.Rows(*window.split(self.widths, dim=2))  # each [B, n, width]
+        start = self.oldest + torch.randint(len(self) - n + 1, (batch_size,), generator=generator)
+        first = self.take(start)
         if n == 1:  # the same, faster
-            first = (getattr(rows, name)[:, 0] for name in self.Batch._fields[:-1])
-            return self.Batch(*first, torch.full_like(rows.rewards[:, 0], self.gamma))
-        going = (1 - torch.maximum(rows.dones, rows.truncations)[:, :-1, 0]).cumprod(1)  # [B, n - 1]: 1, then 0
-        length = 1 + going.sum(1)  # [B]
-        discounted = going * rows.rewards[:, 1:, 0] * self.gamma ** torch.arange(1, n, device=self.device)
-        rewards = rows.rewards[:, 0] + discounted.sum(1, keepdim=True)
-        last = self.Rows(*window[torch.arange(batch_size), length.long() - 1].split(self.widths, dim=1))
-        first = rows.observations[:, 0], rows.actions[:, 0]
-        return self.Batch(*first, last.next_observations, rewards, last.dones, self.gamma ** length[:, None])
+            whole = (getattr(first, name) for name in self.Batch._fields[:-1])
+            return self.Batch(*whole, torch.full_like(first.rewards, self.gamma))
+        index = (start.numpy()[:, None] + np.arange(n)) % self.size  # [B, n], never across the newest row
+        names = "rewards", "dones", "truncations"
+        rewards, dones, truncations = (self.array[index, self.places[name].start] for name in names)  # each [B, n]
+        going = (1 - np.maximum(dones, truncations)[:, :-1]).cumprod(1)  # [B, n - 1]: 1, then 0
+        length = 1 + going.sum(1, keepdims=True)  # [B, 1]
+        discounts = self.gamma ** np.arange(1, n, dtype=np.float32)
+        rewards = rewards[:, :1] + (going * rewards[:, 1:] * discounts).sum(1, keepdims=True)
+        rewards, discounts = (torch.from_numpy(x).to(self.device) for x in (rewards, self.gamma**length))
+        last = self.take(start + torch.from_numpy(length[:, 0]).long() - 1)
+        return self.Batch(first.observations, first.actions, last.next_observations, rewards, last.dones, discounts)
 
     def state_dict(self) -> dict:
         mine = {k: x for k, x in vars(self).items() if k not in ("array", "places") and not isinstance(x, CODE)}
