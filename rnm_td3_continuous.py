@@ -1063,12 +1063,13 @@ def save_checkpoint(run: Run, state: "State", agent: "Agent", rb: ReplayBuffer, 
             content |= pack({"agent": vars(agent), "state": vars(state)})
             write_atomic(run.dir / "checkpoint.pt", write)
         except (pickle.PickleError, AttributeError, TypeError, RuntimeError, ValueError) as error:
-            kind = re.search(r"GLOBAL (\S+)", str(error)) or ["", first_line(error)]
+            kind = re.search(r"(?:GLOBAL |<class ')([\w.]+)", str(error)) or ["", first_line(error)]
             raise UserError(f"Agent, State or replay holds what no checkpoint can: {kind[1]}") from None
         run.last_checkpoint = state.global_step
 
 
 CODE = type, types.FunctionType, types.BuiltinFunctionType, types.MethodType  # is no state: the script makes it again
+OWNERS = types.NoneType, types.ModuleType, type, nn.Module, optim.Optimizer  # of methods that are no state either
 
 
 def held(x) -> list[torch.Tensor]:
@@ -1102,17 +1103,19 @@ def forms(things: dict) -> dict:
 
 def pack(things: dict[str, dict]) -> dict:
     """A copy of attributes for `unpack`. In place of a network or an optimizer stands what it holds: its state_dict,
-    its tensors, the modules' own numbers and strings. Raises TypeError for views, which would come back as copies."""
+    its tensors, their gradients, the modules' own numbers and strings. TypeError for views: they would be copies."""
     saved, memo, memory = {}, {}, set()  # memo: id of x -> what deepcopy takes for x
     for place, part in parts(things).items():
         modules = part.modules() if isinstance(part, nn.Module) else []
-        plain = [{name: x for name, x in vars(m).items() if isinstance(x, bool | int | float | str)} for m in modules]
+        values = bool | int | float | str | np.generic
+        plain = [{name: x for name, x in vars(module).items() if isinstance(x, values)} for module in modules]
         saved[place] = memo[id(part)] = {"state_dict": part.state_dict(), "held": held(part), "plain": plain}
+        saved[place]["grads"] = [tensor.grad for tensor in held(part)]
         memo |= {id(tensor): tensor for tensor in held(part)}
         memory |= {tensor.untyped_storage().data_ptr() for tensor in held(part) if tensor.numel()}
     for place, x in leaves(things).items():
-        if isinstance(x, CODE) and place.count(".") > 1:
-            raise TypeError(f"{place}, a function or a class: make it an attribute of its own")
+        if isinstance(x, CODE) and (place.count(".") > 1 or not isinstance(getattr(x, "__self__", None), OWNERS)):
+            raise TypeError(f"{place}, a function or a class: make it, or what it belongs to, an attribute of its own")
         if isinstance(x, torch.Tensor | np.ndarray) and id(x) not in memo:
             if torch.is_tensor(x) and x.untyped_storage().data_ptr() in memory:
                 raise TypeError(f"{place}, a view of a network's tensor: keep the tensor or a clone()")
@@ -1132,9 +1135,9 @@ def unpack(packed: dict, things: dict[str, dict]) -> None:
         part.load_state_dict(saved["state_dict"])
         for module, plain in zip(part.modules() if saved["plain"] else [], saved["plain"], strict=True):
             vars(module).update(plain)
-        for tensor, old in zip(held(part), saved["held"], strict=True):
+        for tensor, old, grad in zip(held(part), saved["held"], saved["grads"], strict=True):
             tensor.data.copy_(old)
-            tensor.requires_grad_(old.requires_grad)
+            tensor.requires_grad_(old.requires_grad).grad = grad
             memo[id(old)] = tensor
     for name, own in copy.deepcopy(packed["own"], memo).items():
         things[name].update(own)
@@ -1149,8 +1152,8 @@ def load_checkpoint(args: "Args", state: "State", agent: "Agent", rb: ReplayBuff
         content = read_torch(path, map_location=None)
         unpack(content, {"agent": vars(agent), "state": vars(state)})
         rb.load_state_dict(content["rb"])
-        for name, generator in rng.items():
-            generator.set_state(content["rng"][name])
+        for name, values in content["rng"].items():
+            rng.setdefault(name, torch.Generator()).set_state(values)
         set_globals(*content["globals"])
         for part, values in zip((env.unwrapped, env.action_space), content["env"], strict=True):
             part.np_random.bit_generator.state = values

@@ -58,6 +58,9 @@ def test_what_agent_and_state_hold_survives_a_resume(dense, tmp_path, monkeypatc
         agent.history = [*agent.history[-3:], agent.log_alpha.item(), agent.alphas[0].item()]
         rb.priorities[agent.count % 4] += 1
         agent.qf1.net.scale = getattr(agent.qf1.net, "scale", 1.0) * 0.999
+        agent.qf2.net.scale = np.float32(getattr(agent.qf2.net, "scale", 1.0) * 0.999)
+        own = args[1].setdefault("own", torch.Generator().manual_seed(7))  # made late
+        agent.noise = torch.rand(1, generator=own).item(), agent.qf2.net.scale
         if agent.count == 100:
             agent.qf2.net.fc1.weight.requires_grad_(False)
         assert all(a is b for a, b in zip(agent.clipped, agent.qf1.parameters(), strict=True))
@@ -66,6 +69,7 @@ def test_what_agent_and_state_hold_survives_a_resume(dense, tmp_path, monkeypatc
         state.sums, state.pair = state.sums + 1, (state.pair[0] + 1, agent.count)
         found = agent.history, rb.priorities.tolist(), agent.qf1.net.scale, agent.qf2.net.fc1.weight.sum().item()
         last[:] = [agent.count, *found, state.averages[0].weight.sum().item(), state.sums.tolist(), state.pair]
+        last.append(agent.noise)
         return losses
 
     monkeypatch.setattr(dense.Agent, "__init__", init)
@@ -109,6 +113,8 @@ def test_values_come_back_as_they_were(dense):
     then["loss"] = 2 * then["alphas"][0]  # not detached
     then["alphas"][0].data += 5
     then["alphas"][0].requires_grad_(False)
+    then["net"].weight.grad, then["alphas"][0].grad = torch.full((1, 2), 3.0), torch.full((2,), 4.0)  # not stepped yet
+    then["net"].scale = np.float32(0.5)
     now = make()
     net, alpha = now["net"], now["alphas"][0]
     then["priorities"] = np.ones(3)
@@ -116,7 +122,8 @@ def test_values_come_back_as_they_were(dense):
     assert now["priorities"] is replay["priorities"] and now["priorities"].sum() == 3
     assert now["net"] is net and torch.equal(net.weight, then["net"].weight)
     assert now["params"][0] is net.weight and now["params"][1] is net.bias
-    assert torch.equal(now["first"], net.weight + 1)
+    assert torch.equal(now["first"], net.weight + 1) and net.scale == 0.5 and net.bias.grad is None
+    assert net.weight.grad.tolist() == [[3, 3]] and alpha.grad.tolist() == [4, 4]
     assert now["alphas"][0] is now["copy"] is now["adam"].param_groups[0]["params"][0] is alpha
     assert torch.equal(alpha, torch.full((2,), 5.0)) and not alpha.requires_grad and now["alphas"][1] == 1
     assert torch.equal(now["plain"], torch.ones(3, dtype=torch.float64)) and now["new"] == [{"b": 1}]
@@ -145,7 +152,7 @@ def test_swapped_networks_are_refused(dense):
 
 
 class Noise:
-    def __call__(self):
+    def sample(self):
         return 0
 
 
@@ -156,6 +163,9 @@ class Noise:
         (deque(), r"collections\.deque"),
         (np.random.default_rng(1), "generator"),
         ([lambda: 0], r"agent\.kept\.0, a function or a class"),
+        (np.random.default_rng(1).random, r"agent\.kept, a function"),  # its generator would begin anew
+        (Noise().sample, r"agent\.kept, a function"),
+        (np.array(["a"]), "numpy"),
         (torch.eye(2).to_sparse(), "storage"),
         ((i for i in range(3)), "generator"),
     ],
