@@ -471,7 +471,7 @@ class Configuration:
         self.scores = np.array([run.meta["final_score"] for run in self.runs])
         self.moving = any(len(E) > 1 for run in self.runs for E in run.masks.values())  # others have no SAD but 0
         places = {(run.machine, run.kernel) for run in self.runs}
-        self.timed = len(places) == 1 and not any(math.isnan(run.minutes) for run in self.runs)  # so minutes compare
+        self.timed = len(places) == 1 and not any(math.isnan(run.minutes) for run in self.runs)
 
 
 @dataclass
@@ -484,6 +484,8 @@ class Study:
 
     def __post_init__(self):
         self.moving = [c for c in self.configurations if c.moving]
+        timed = [c for c in self.configurations if c.timed]
+        self.timed = [c for c in timed if c.first.machine == timed[0].first.machine]  # whose minutes compare: dense's
         self.nets = list(dict.fromkeys(net for c in self.configurations for run in c.runs for net in run.masks))
         # Of settled SAD, in steps: a tenth of training, or the longest K up to a quarter.
         total, Ks = self.setting["total_timesteps"], [c.first.args.get("mask_update_interval", 0) for c in self.moving]
@@ -794,7 +796,7 @@ def draw_returns(study: Study, resamples: int) -> Figure:
     for (left, right), c in ((row, c) for row, group in zip(axes, rows, strict=True) for c in group):
         curves = [run.curve("eval/episodic_return") for run in c.runs]
         band(left, c, curves, resamples)
-        if c.timed:
+        if c in study.timed:
             end = min(run.minutes for run in c.runs)
             grid, timed = np.geomspace(end / 30, end, 100), []
             for run, curve in zip(c.runs, curves, strict=True):
@@ -805,11 +807,10 @@ def draw_returns(study: Study, resamples: int) -> Figure:
         left.set_ylabel(f"evaluation return\n({'mean, range' if few else 'IQM, 95 % band'}, seeds)")
         right.set_xscale("log")
         right.xaxis.set_major_formatter("{x:g}")
-    machines = "; ".join(sorted({run.machine for c in study.configurations for run in c.runs}))
+    where = f"on {study.timed[0].first.machine}" if study.timed else "none on one machine"
+    where += "; others ran elsewhere" * (0 < len(study.timed) < len(study.configurations))
     axes[-1, 0].set_xlabel(STEPS)
-    axes[-1, 1].set_xlabel(
-        textwrap.fill(f"core minutes of training, to the first seed's end (log scale), on {machines}", 60)
-    )
+    axes[-1, 1].set_xlabel(textwrap.fill(f"core minutes of training, to the first seed's end (log scale), {where}", 52))
     return add_legend(figure)
 
 
@@ -842,7 +843,7 @@ comparisons. The IQM of up to three seeds is their mean. Each configuration is c
 with its pattern's default one; of several codes of those, with the one that has the most seeds. Of dense: the ratio of
 the IQMs of all seeds, where every dense run scored above zero. Gain: mean difference of the scores of equal seeds (in
 pairs). P better: probability that a run scores more than a dense one. Core minutes: CPU time of training, where all
-seeds ran on the same hardware (no GPU), threads and kernel; "Ran on" tells which rows did. Settled SAD: mean over
+seeds ran on dense's hardware (no GPU) and threads, with one kernel; "Ran on" tells which did. Settled SAD: mean over
 seeds. Settled step: from there on the mask is within 10 % of the final one, at the latest (median; inf: only the final
 mask is).
 """
@@ -914,7 +915,7 @@ def configuration_row(study: Study, c: Configuration, resamples: int) -> dict:
     if default and default is not c and c.first.pattern != "dense":
         row |= {"default": default.label} | paired_difference("default_gain", c, default, resamples)
     row |= {"active_parameters": meta["params_active"], "mflop_per_update": c.first.flops / 1e6}
-    row["core_minutes"] = statistics.median(run.minutes for run in c.runs) if c.timed else math.nan
+    row["core_minutes"] = statistics.median(run.minutes for run in c.runs) if c in study.timed else math.nan
     row["kernel"] = ", ".join(sorted({run.kernel for run in c.runs}))
     row["settled_sad"] = pd.Series(study.pairs(c)[:, 0]).mean()
     for net in study.nets:
@@ -923,8 +924,8 @@ def configuration_row(study: Study, c: Configuration, resamples: int) -> dict:
     for percent in (50, 75, 90) if dense and (dense.scores > 0).all() else ():
         times = [time_to(run, percent / 100 * iqm(dense.scores)) for run in c.runs]
         steps, minutes = statistics.median_high(times)  # of one run
-        row |= {f"steps_to_{percent}": steps, f"core_minutes_to_{percent}": minutes if c.timed else math.nan}
-    if dense and dense is not c and c.timed and dense.timed and c.first.machine == dense.first.machine:
+        row |= {f"steps_to_{percent}": steps, f"core_minutes_to_{percent}": minutes if c in study.timed else math.nan}
+    if dense is not c and {c, dense} <= {*study.timed}:
         row |= paired_difference("gain_at_equal_core_minutes", c, dense, resamples, stop=True)
     return row
 

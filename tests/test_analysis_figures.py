@@ -44,6 +44,12 @@ def test_time_to_a_return_by_hand(monkeypatch, capsys, tmp_path):
         make_run(tmp_path / f"three{seed}", seed=seed, m=8, score=score)
     for seed, score in enumerate((50, 100), 1):
         make_run(tmp_path / f"two{seed}", seed=seed, m=4, score=score, hardware=f"CPU {seed}")
+    make_run(tmp_path / "other", m=16, hardware="CPU 9")
+    (study,), _, _ = load(tmp_path)
+    minutes = sa.draw_returns(study, 200).axes[1::2]
+    assert minutes[-1].get_xlabel().replace("\n", " ").endswith("(log scale), on a CPU, 1 thread; others ran elsewhere")
+    drawn = {line.get_label().partition(" (")[0] for ax in minutes for line in ax.lines}
+    assert {name for name in drawn if name[0] != "_"} == {"dense", "1:8"}
     monkeypatch.setattr(sa, "FIGURES", {})
     assert run(monkeypatch, capsys, tmp_path, "--out", tmp_path / "a", "--no-track")[0] == 0
     frame = pd.read_csv(tmp_path / "a" / "summary.csv").set_index("configuration")
@@ -51,7 +57,9 @@ def test_time_to_a_return_by_hand(monkeypatch, capsys, tmp_path):
     assert steps.loc["dense"].tolist() == steps.loc["1:8"].tolist() == [12_000, 18_000, 24_000]
     assert steps.loc["1:4"].tolist() == [24_000, math.inf, math.inf]  # half of the seeds never came to 60
     assert frame.loc["1:8", "core_minutes_to_75"] == pytest.approx(18_000 / 200 / 60)
-    assert math.isnan(frame.loc["1:4", "core_minutes_to_50"])  # of two machines
+    for label in ("1:4", "1:16"):  # of two machines; of another one than dense
+        assert frame.loc[label, ["core_minutes", "core_minutes_to_50", "gain_at_equal_core_minutes"]].isna().all()
+    assert frame.loc["1:16", "steps_to_90"] == 24_000
     gains = frame["gain_at_equal_core_minutes"]  # seed 1 alone is paired with dense, which takes as long and has 80
     assert gains["1:8"] == pytest.approx(-40) and math.isnan(gains["dense"]) and math.isnan(gains["1:4"])
     text = (tmp_path / "a" / "summary.md").read_text()
