@@ -168,7 +168,7 @@ class Args:
     evaluate: str | None = None
     """folder of the run whose saved policy to evaluate instead of training"""
     keep_replay: bool = False
-    """keep the replay data of a finished run, so that it can be resumed with a larger --total-timesteps"""
+    """keep the replay data of a finished run; if its masks never change, a larger --total-timesteps can resume it"""
     runs_dir: str = "runs"
     """folder under which each run makes its own"""
     track: bool = True
@@ -261,7 +261,8 @@ def sparsify(networks: dict[str, nn.Module], args: Args) -> dict[str, nn.Module]
 
 def drop_fractions(args: Args, update: int) -> dict[str, float]:
     """zeta, the share of its weights that "critic" and "actor" drop at the critics' update number `update`, one a step,
-    by a cosine from drop_fraction to 0; a module whose masks stay is not in it (M3)."""
+    by a cosine from drop_fraction to 0; a module whose masks stay is not in it (M3). The actor can change only at
+    multiples of policy_frequency."""
     zeta, last = {}, args.total_timesteps - args.learning_starts
     for name, every in (("critic", 1), ("actor", args.policy_frequency)):  # steps between updates of its own
         own, end = update // every, args.mask_end * (last // every)
@@ -317,7 +318,7 @@ def erdos_renyi(shapes: list[torch.Size], sparsity: float) -> list[float]:
 @contextlib.contextmanager
 def dense_gradients(networks: list["Network"]):
     """Within, each layer that trains computes in torch with the W~ [out, in] that this yields for it; its .grad is that
-    of all weights. The active weights get theirs as always."""
+    of all weights. The active weights get theirs as always. One backward pass for all that a layer computes in it."""
     layers = [layer for net in networks for layer in sparse_layers(net.online).values()]
     layers = [layer for layer in layers if layer.active_weights.requires_grad]
     weights = {layer: layer.sparse_weight().requires_grad_() for layer in layers}
@@ -347,6 +348,8 @@ def change_topology(agent: "Agent", networks: list["Network"], gradients: dict, 
             if id(layer.active_weights) not in trained:
                 raise ValueError(f"{net.name} is trained by no torch.optim.Optimizer that is an attribute of Agent")
             score = gradient.abs() if regime == "rigl" else torch.rand(layer.shape).to(gradient)
+            if score.isnan().any():
+                raise FloatingPointError(f"{net.name}.{name}: the gradient or the score that growth goes by is NaN")
             places = rule(layer, score, drop)
             if len(places) != len(layer.positions) or (places.diff() <= 0).any():
                 raise ValueError(f"{net.name}.{name}: a rule returns as many places as before, each once, ascending")
@@ -520,7 +523,7 @@ def policy_loss(agent: Agent, data) -> torch.Tensor:
 
 def update_critics(agent: Agent, data, args: Args, generator: torch.Generator, drop: float | None = None) -> dict:
     """One step of both critics, or a change of their masks (M4)."""
-    critics = [net for net in agent.networks if net.name != "actor"]
+    critics = [net for net in agent.networks if not net.name.startswith("actor")]
     with dense_gradients(critics if drop is not None else []) as gradients:
         qf1_a_values, qf2_a_values, qf1_loss, qf2_loss = critic_losses(agent, data, args, generator)
         qf_loss = qf1_loss + qf2_loss
@@ -541,7 +544,7 @@ def update_actor(agent: Agent, data, args: Args, drop: float | None = None) -> d
     critics = [param for group in agent.q_optimizer.param_groups for param in group["params"] if param.requires_grad]
     for param in critics:
         param.requires_grad_(False)  # the gradient passes through the critic, whose own weights need none here
-    actors = [net for net in agent.networks if net.name == "actor"]
+    actors = [net for net in agent.networks if net.name.startswith("actor")]
     with dense_gradients(actors if drop is not None else []) as gradients:
         actor_loss = policy_loss(agent, data)
         agent.actor_optimizer.zero_grad()
@@ -587,7 +590,7 @@ def train(args: Args) -> dict:
     state.ever = first_masks
     if args.resume:
         load_checkpoint(args, state, agent, rb, rng, env)
-    warn_of_schedule(args)
+    check_schedule(args)
     columns = metric_columns(agent) + list(sad_metrics(first_masks, first_masks, first_masks))
     columns += [f"plasticity/{net.name}/{name}" for net in agent.networks for name in PLASTICITY]
     with Run(args, columns, stats, state) as run:
@@ -624,7 +627,7 @@ def train(args: Args) -> dict:
                     check_finite("a loss", global_step, *(x.item() for x in state.losses.values() if not x.dim()))
                 if masks:
                     now = get_masks(agent)
-                    owner = {name: "actor" if name.startswith("actor.") else "critic" for name in now}
+                    owner = {name: "actor" if name.startswith("actor") else "critic" for name in now}
                     changed = {name: E for name, E in now.items() if owner[name] in drops}
                     row |= sad_metrics(first_masks, masks, changed)
                     state.masks = add_masks(state.masks, now, state)
@@ -733,7 +736,7 @@ def diagnose(agent: Agent, rb: "ReplayBuffer", args: Args, state: State) -> dict
             continue  # a fork's network that no loss calls
         features, params = seen[head][0][0], list(net.online.parameters())
         check_finite("a network's features", step, features.sum().item())
-        loss = actor_loss if net.name == "actor" else qf_loss
+        loss = actor_loss if net.name.startswith("actor") else qf_loss
         trained = [param for param in params if param.requires_grad]
         grads = torch.autograd.grad(loss, trained, retain_graph=True, materialize_grads=True)
         norms = features.norm(dim=1).mean(), get_total_norm(params), get_total_norm(grads)
@@ -745,11 +748,11 @@ def diagnose(agent: Agent, rb: "ReplayBuffer", args: Args, state: State) -> dict
     return row
 
 
-def warn_of_schedule(args: Args) -> None:
-    """Say whose masks ought to change by their regime, though they will not, and when a longer end moves changes."""
-    begun = read_run(args.resume)[1].total_timesteps if args.resume else args.total_timesteps
-    if begun != args.total_timesteps and {"rigl", "set"} & {args.actor_regime, args.critic_regime}:
-        print("warning: drop fractions follow the new end, unlike in a run that had it from the start", file=sys.stderr)
+def check_schedule(args: Args) -> None:
+    """Say whose masks should change by their regime but won't. UserError for a later end: changes go by the end."""
+    moving = {"rigl", "set"} & {args.actor_regime, args.critic_regime}
+    if args.resume and moving and args.total_timesteps != read_run(args.resume)[1].total_timesteps:
+        raise UserError("--total-timesteps can't grow: drop fractions go by it, a longer run has others from its start")
     for name, every in (("actor", args.policy_frequency), ("critic", 1)):
         regime, sparsity, nm = regimes(args)[name]
         first = drop_fractions(args, every * args.mask_update_interval).get(name)  # zeta of the first change

@@ -988,7 +988,7 @@ count. Numbers are medians of {min(map(len, content["rate_update_ms_peak_mib"].v
 - torch.compile: the dense script, its two update functions compiled by torch.compile (before what is counted)
 - as many weights as: dense with hidden layers of {content.get("narrow_hidden_dim", "fewer")} units, which make as many
   parameters as are active with that pattern, or nearly
-- RLx2 96/88: rlx2_td3_continuous.py with 96 % of the actor's and 88 % of the critics' weights zero, three-step targets
+- RLx2 A/C: rlx2_td3_continuous.py with A % of the actor's and C % of the critics' weights zero, three-step targets
 - --kernel torch: the N:M script without the kernels, with products of the masked dense matrix
 - SB3, SBX: the TD3 of stable-baselines3 and of sbx-rl, which runs on JAX, with the same networks, batch and updates
 - 2 threads: on as many cores, where all others have one; two runs at once: each on a core, their steps/s added up

@@ -24,14 +24,14 @@ Decisions, where the paper, its code (tyq1024/RLx2, commit 3f4898b) and good sen
   R4  What was just dropped may grow again, then with its value and moments; all else grows from zero. As the code.
   R5  Adam forgets a dropped weight; its step count goes on, so that a grown weight moves by several learning rates at
       first. In the code moments fade for Delta updates: nearly the same.
-  R6  Growth looks at the gradient of the network's own loss; in the code the actor's can leak into the critics'.
-  R7  Targets have the online topology from the start, in the code from the second update on.
-  R8  A window of n steps ends where the episode does; only a termination cuts the bootstrap. The switch to
-      n steps counts updates, as in the code.
+  R6  Growth goes by the loss that the network descends; in the code the actor's gradients can leak into the critics'.
+  R7  Targets have the online topology from the start; in the code the first two targets come from dense networks.
+  R8  A window of n steps ends where the episode does; only a termination cuts the bootstrap, also one at the time
+      limit's step, unlike in the code. The switch to n steps counts updates, as there.
   R9  Policy distance as in the code, to which its threshold belongs: over the oldest 8 batches half the mean squared
       difference to the noise-free action at the time, in action scales; one shrink at most per check. The paper: an L2
       norm, until it is below.
-  R10 Biases are dense and not counted.
+  R10 Biases are dense and not counted, as in the code.
   R11 One random stream per purpose: all scripts' runs of a seed share warm-up data (D8 of rnm_td3_continuous.py).
 """
 
@@ -131,8 +131,8 @@ class Args:
     """updates of a network between changes of its topology (Delta), >= 2"""
     drop_fraction: Share = 0.5
     """share of a layer's weights that the first change drops (zeta_0), in [0, 1]; falls to 0 along a cosine"""
-    nstep: Positive = 3
-    """steps of the multi-step target (n), >= 1"""
+    nstep: Annotated[int, 1, 1000] = 3
+    """steps of the multi-step target (n), 1 to 1,000, at most --buffer-size"""
     delay_nstep: Natural = 300_000
     """number of the first update with --nstep, >= 0"""
     dynamic_buffer: bool = True
@@ -142,7 +142,7 @@ class Args:
     buffer_check_interval: Positive = 10_000
     """environment steps between looks at the policy's distance, >= 1"""
     buffer_threshold: Noise = 0.2
-    """distance of the policy above which the buffer shrinks, in squared action scales, >= 0"""
+    """distance of the policy (R9) above which the buffer shrinks, half a mean square in action scales, >= 0"""
     kernel: Literal["auto", "nm", "torch"] = "auto"
     """how the sparse layers are computed: nm is fast, on CPUs with a C compiler; torch runs anywhere; auto picks one"""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -160,7 +160,7 @@ class Args:
     evaluate: str | None = None
     """folder of the run whose saved policy to evaluate instead of training"""
     keep_replay: bool = False
-    """keep the replay data of a finished run, so that it can be resumed with a larger --total-timesteps"""
+    """keep the replay data of a finished run; if its masks never change, a larger --total-timesteps can resume it"""
     runs_dir: str = "runs"
     """folder under which each run makes its own"""
     track: bool = True
@@ -228,7 +228,8 @@ def sparsify(networks: dict[str, nn.Module], args: Args) -> dict[str, nn.Module]
 
 def drop_fractions(args: Args, update: int) -> dict[str, float]:
     """zeta, the share of its weights that the topology of "critics" and "actor" drops at the critics' update number
-    `update` (one a step), by a cosine from drop_fraction to 0; a network that does not change is not in it."""
+    `update` (one a step), by a cosine from drop_fraction to 0; a network that does not change is not in it. The actor
+    can change only at multiples of policy_frequency."""
     zeta, last = {}, args.total_timesteps - args.learning_starts
     for name, every in (("critics", 1), ("actor", args.policy_frequency)):  # steps between updates of its own (R2)
         own, end = update // every, last // every
@@ -267,7 +268,7 @@ def erdos_renyi(shapes: list[torch.Size], sparsity: float) -> list[float]:
 @contextlib.contextmanager
 def dense_gradients(networks: list["Network"]):
     """Within, each layer that trains computes in torch with the W~ [out, in] that this yields for it; its .grad is that
-    of all weights. The active weights get theirs as always."""
+    of all weights. The active weights get theirs as always. One backward pass for all that a layer computes in it."""
     layers = [layer for net in networks for layer in sparse_layers(net.online).values()]
     layers = [layer for layer in layers if layer.active_weights.requires_grad]
     weights = {layer: layer.sparse_weight().requires_grad_() for layer in layers}
@@ -297,6 +298,8 @@ def change_topology(agent: "Agent", networks: list["Network"], gradients: dict, 
             if id(layer.active_weights) not in trained:
                 raise ValueError(f"{net.name} is trained by no torch.optim.Optimizer that is an attribute of Agent")
             score = gradient.abs() if regime == "rigl" else torch.rand(layer.shape).to(gradient)
+            if score.isnan().any():
+                raise FloatingPointError(f"{net.name}.{name}: the gradient or the score that growth goes by is NaN")
             places = rule(layer, score, drop)
             if len(places) != len(layer.positions) or (places.diff() <= 0).any():
                 raise ValueError(f"{net.name}.{name}: a rule returns as many places as before, each once, ascending")
@@ -415,7 +418,7 @@ def update_critics(agent: Agent, data, args: Args, generator: torch.Generator, d
         min_qf_next_target = torch.min(qf1_next_target, qf2_next_target)
         next_q_value = data.rewards + (1 - data.dones) * data.discounts * min_qf_next_target  # [B, 1]
 
-    critics = [net for net in agent.networks if net.name != "actor"]
+    critics = [net for net in agent.networks if not net.name.startswith("actor")]
     with dense_gradients(critics if drop is not None else []) as gradients:
         qf1_a_values = agent.qf1(data.observations, data.actions)
         qf2_a_values = agent.qf2(data.observations, data.actions)
@@ -439,7 +442,7 @@ def update_actor(agent: Agent, data, args: Args, drop: float | None = None) -> d
     critics = [param for group in agent.q_optimizer.param_groups for param in group["params"] if param.requires_grad]
     for param in critics:
         param.requires_grad_(False)  # the gradient passes through the critic, whose own weights need none here (R6)
-    actors = [net for net in agent.networks if net.name == "actor"]
+    actors = [net for net in agent.networks if net.name.startswith("actor")]
     with dense_gradients(actors if drop is not None else []) as gradients:
         actor_loss = -agent.qf1(data.observations, agent.actor(data.observations)).mean()
         agent.actor_optimizer.zero_grad()
@@ -482,8 +485,8 @@ def train(args: Args) -> dict:
     agent = Agent(sparsify(make_networks(args, env), args), lr=args.learning_rate)
     width = equal_width(agent, args, env)
     stats = model_stats(agent) | {"kernel": use_kernel(args, agent, env), "pattern": pattern(args)}
-    columns = transition_columns(env) | {"truncations": 1, "policy_actions": env.action_space.shape[0]}
-    rb = ReplayBuffer(args.buffer_size, columns, args.device, args.gamma)
+    parts = transition_columns(env) | {"truncations": 1, "policy_actions": env.action_space.shape[0]}
+    rb = ReplayBuffer(args.buffer_size, parts, args.device, args.gamma)
     eval_seeds = draw_seeds(rng["evaluation"], args.eval_episodes)
     low, high = action_bounds(env)  # [action_dim]
     exploration_scale = args.exploration_noise * (high - low) / 2
@@ -495,11 +498,12 @@ def train(args: Args) -> dict:
     state.masks = add_masks([], first_masks, state)  # what masks.npz will hold
     if args.resume:
         load_checkpoint(args, state, agent, rb, rng, env)
-    warn_of_schedule(args)
+    check_schedule(args)
     columns = metric_columns(agent) + list(sad_metrics(first_masks, first_masks, first_masks))
     columns += ["replay/policy_distance", "replay/size"]
     with Run(args, columns, stats, state) as run:
-        run.say(f"a dense network with as many weights: dense_td3_continuous.py --hidden-dim {width}")
+        if width:
+            run.say(f"a dense network with as many weights: dense_td3_continuous.py --hidden-dim {width}")
         if not args.resume:
             run.log(0, run.density | run.evaluate(agent.actor, eval_seeds, 0))
             save_checkpoint(run, state, agent, rb, rng, env)
@@ -534,7 +538,7 @@ def train(args: Args) -> dict:
                     check_finite("a loss", global_step, *(x.item() for x in state.losses.values() if not x.dim()))
                 if masks:
                     now = get_masks(agent)
-                    changed = {name: E for name, E in now.items() if "actor" in drops or not name.startswith("actor.")}
+                    changed = {name: E for name, E in now.items() if "actor" in drops or not name.startswith("actor")}
                     row |= sad_metrics(first_masks, masks, changed)
                     state.masks = add_masks(state.masks, now, state)
             if terminated or truncated:
@@ -575,33 +579,38 @@ def pattern(args: Args) -> str:
     return f"{name}_{100 * args.actor_sparsity:g}_{100 * args.critic_sparsity:g}"
 
 
-def equal_width(agent: Agent, args: Args, env: gym.Env) -> int:
-    """Hidden width at which dense networks have as many weights as these, biases aside."""
-    active = sum(p.numel() for net in agent.networks for name, p in net.online.named_parameters() if "bias" not in name)
+def equal_width(agent: Agent, args: Args, env: gym.Env) -> int | None:
+    """Hidden width at which dense networks have as many weights as these, biases aside; None if they don't go by it."""
 
-    def count(width: int) -> int:
-        networks = make_networks(replace(args, hidden_dim=width), env)
-        return sum(p.numel() for net in networks.values() for name, p in net.named_parameters() if "bias" not in name)
+    def count(networks) -> int:
+        return sum(p.numel() for net in networks for name, p in net.named_parameters() if "bias" not in name)
 
-    width = bisect_left(range(1, args.hidden_dim), active, key=count) + 1
-    return min((max(1, width - 1), width), key=lambda width: abs(count(width) - active))
+    def dense(width: int) -> int:
+        return count(make_networks(replace(args, hidden_dim=width), env).values())
+
+    active = count(net.online for net in agent.networks)
+    if dense(1) == dense(args.hidden_dim + 1):
+        return None
+    width = bisect_left(range(1, args.hidden_dim), active, key=dense) + 1
+    return min((max(1, width - 1), width), key=lambda width: abs(dense(width) - active))
 
 
-def warn_of_schedule(args: Args) -> None:
-    """Say what the flags ask for and this run will not come to."""
-    updates, holds = args.total_timesteps - args.learning_starts, min(args.buffer_size, args.total_timesteps)
-    begun = read_run(args.resume)[1].total_timesteps if args.resume else args.total_timesteps
-    Delta, warnings = args.mask_update_interval, []
-    if args.topology != "static" and Delta >= updates // args.policy_frequency:
-        warnings += ["no topology changes" if Delta >= updates else "the actor's topology does not change"]
-    if args.nstep > 1 and args.delay_nstep > updates:
-        warnings += ["all targets have one step, --delay-nstep is beyond the run"]
-    if args.dynamic_buffer and args.buffer_min_size >= holds:
-        warnings += ["the replay buffer never shrinks, --buffer-min-size is beyond what it comes to hold"]
-    if begun != args.total_timesteps:
-        warnings += ["drop fractions follow the new end, unlike in a run that had it from the start"]
-    for warning in warnings:
-        print(f"warning: {warning}", file=sys.stderr)
+def check_schedule(args: Args) -> None:
+    """Say what the flags ask for and this run will not come to. UserError for a later end: changes go by the end."""
+    if args.nstep > args.buffer_size:
+        raise UserError(f"--nstep {args.nstep} needs a --buffer-size of at least {args.nstep}")
+    if args.resume and args.topology != "static" and args.total_timesteps != read_run(args.resume)[1].total_timesteps:
+        raise UserError("--total-timesteps can't grow: drop fractions go by it, a longer run has others from its start")
+    for name, every in (("critics", 1), ("actor", args.policy_frequency)) if args.topology != "static" else ():
+        if not drop_fractions(args, every * args.mask_update_interval).get(name):  # zeta of the first change
+            print(f"warning: the topology of {name} does not change in this run", file=sys.stderr)
+    if args.nstep > 1 and args.delay_nstep > args.total_timesteps - args.learning_starts:
+        print("warning: all targets have one step, --delay-nstep is beyond the run", file=sys.stderr)
+    holds = min(args.buffer_size, args.total_timesteps)
+    if args.dynamic_buffer and (args.buffer_min_size >= holds or args.buffer_check_interval > args.total_timesteps):
+        print(
+            "warning: the replay buffer never shrinks, see --buffer-min-size, --buffer-check-interval", file=sys.stderr
+        )
 
 
 # --- shared: sad ---
@@ -671,7 +680,7 @@ def write_files(run: "Run", state: State, agent: Agent, rb: "ReplayBuffer") -> N
 class ReplayBuffer:
     """Ring of the environment's steps in their order, one float32 row each; the oldest can be forgotten.
 
-    columns: the width of each part of a row; `oldest_rows` has them as attributes [count, width], in their order.
+    columns: the width of each part of a row; what `take` returns has them as attributes [count, width], in their order.
     """
 
     def __init__(self, size: int, columns: dict[str, int], device: str, gamma: float):
@@ -694,6 +703,7 @@ class ReplayBuffer:
         self.oldest = max(self.oldest, self.added - self.size)
 
     def take(self, numbers: torch.Tensor):
+        """Rows by number [count], counted from the first that ever came in."""
         index = numbers % self.size
         return self.Rows(*self.rows.index_select(0, index).to(self.device).split(self.widths, dim=1))
 

@@ -36,7 +36,7 @@ WARNINGS = {  # options: whose masks do not change, why
 
 @pytest.mark.parametrize("change", WARNINGS)
 def test_masks_that_will_not_change_get_a_word(mst, capsys, change):
-    mst.warn_of_schedule(mst.Args(**SHORT | dict([change])))
+    mst.check_schedule(mst.Args(**SHORT | dict([change])))
     err, wanted = capsys.readouterr().err, WARNINGS[change]
     assert err.count("warning") == (wanted is not None)
     assert wanted is None or (f"the {wanted[0]}'s masks" in err and wanted[1] in err)

@@ -240,12 +240,19 @@ def test_each_resume_is_recorded_and_another_kernel_is_said(rnm, small, monkeypa
 
 
 @pytest.mark.parametrize("name", ["rlx2", "mst"])
-def test_a_run_made_longer_says_that_its_schedule_moves(name, request, small, cli):
+def test_a_run_can_be_made_longer_only_without_a_schedule(name, request, small, cli):
     script = request.getfixturevalue(name)
-    run = script.train(small(script, total_timesteps=300, keep_replay=True))["run_dir"]
-    code, _, err = cli(script, "--resume", run, "--total-timesteps", 400, small=False)
-    assert code == 0 and err.startswith("warning: drop fractions follow the new end") and err.count("\n") == 1
-    assert read_meta(run)["exit_reason"] == "finished"
+    still = {"topology": "static"} if name == "rlx2" else {"critic_regime": "static"}
+    for options, longer in (({}, False), (still, True)):
+        run = script.train(small(script, **options, total_timesteps=300, keep_replay=True))["run_dir"]
+        before = {path.name: path.read_bytes() for path in Path(run).iterdir()}
+        code, out, err = cli(script, "--resume", run, "--total-timesteps", 400, small=False)
+        if longer:
+            assert code == 0 and err == "" and f"{run}: finished" in out
+            assert_same_run(script.train(small(script, **options, keep_replay=True))["run_dir"], run)
+        else:
+            assert code == 2 and err.startswith("error: --total-timesteps can't grow: drop fractions go by it")
+            assert before == {path.name: path.read_bytes() for path in Path(run).iterdir()}
 
 
 def test_bad_resumes_are_refused_by_name(rnm, dense, small, cli, monkeypatch, tmp_path):

@@ -390,6 +390,8 @@ def test_resume_in_the_middle_of_everything(rlx2, small, monkeypatch, cli, kerne
         (["--critic-sparsity", "-0.1"], "--critic-sparsity must be at least 0.0 and at most 1.0, not -0.1"),
         (["--actor-sparsity", "1.5"], "--actor-sparsity must be at least 0.0 and at most 1.0, not 1.5"),
         (["--nstep", "0"], "--nstep must be at least 1"),
+        (["--nstep", "1001"], "--nstep must be at least 1 and at most 1000"),
+        (["--nstep", "9", "--buffer-size", "8"], "--nstep 9 needs a --buffer-size of at least 9"),
         (["--mask-update-interval", "1"], "--mask-update-interval must be at least 2"),
     ],
 )
@@ -403,11 +405,12 @@ def test_what_a_run_does_not_come_to_is_a_warning(rlx2, cli, tmp_path):
     runs = ["--no-track", "--runs-dir", tmp_path, "--mask-update-interval", 100, "--delay-nstep", 101]
     runs += ["--buffer-min-size", 200]
     code, out, err = cli(rlx2, *runs, "--total-timesteps", "200")
-    assert code == 0 and [line.split(": ")[1].split(",")[0] for line in err.splitlines()] == [
-        "no topology changes",
-        "all targets have one step",
-        "the replay buffer never shrinks",
-    ]
+    warnings = (
+        "the topology of critics does not change in this run",
+        "the topology of actor does not change in this run",
+    )
+    warnings += "all targets have one step", "the replay buffer never shrinks"
+    assert code == 0 and [line.split(": ")[1].split(",")[0] for line in err.splitlines()] == [*warnings]
     assert (
         "a dense network with as many weights: dense_td3_continuous.py --hidden-dim 9\n" in out
     )  # 3 H^2 + 17 H is nearest to 383
@@ -416,7 +419,11 @@ def test_what_a_run_does_not_come_to_is_a_warning(rlx2, cli, tmp_path):
     assert code == 0 and err == ""
     almost = ["--mask-update-interval", 50, "--delay-nstep", 100, "--buffer-min-size", 199, "--total-timesteps", "200"]
     code, _, err = cli(rlx2, *runs, *almost)
-    assert code == 0 and err == "warning: the actor's topology does not change\n"  # 50 updates, and the last is none
+    assert (
+        code == 0 and err == "warning: the topology of actor does not change in this run\n"
+    )  # 50 updates, none at the last
+    late = ["--topology", "static", "--nstep", "1", "--buffer-check-interval", 201, "--buffer-min-size", 100]
+    assert cli(rlx2, *runs, *late, "--total-timesteps", 200)[2].startswith("warning: the replay buffer never shrinks")
     (folder,) = tmp_path.glob("*rlx2_td3_continuous_static_70_60__s1__*")
     assert not any(row["replay/size"] or row["sad/qf1"] for row in read_rows(folder))
     assert len(np.load(folder / "masks.npz")["global_step"]) == 1

@@ -1,5 +1,6 @@
 """Forks of rlx2_td3_continuous.py, made from its text: each computes what its text says, across changes of topology."""
 
+import math
 import textwrap
 
 import pytest
@@ -156,7 +157,22 @@ def test_a_rule_must_return_each_place_once(rlx2):
             rlx2.change_topology(agent, critics, gradients, 0.1, "rigl", rule)
 
 
-def test_a_second_actor_has_the_actors_sparsity(rlx2, monkeypatch):
+def test_a_score_without_numbers_is_refused(rlx2):
+    _, _, agent, _, _ = make(rlx2)
+    with rlx2.dense_gradients(agent.networks[1:]) as gradients:
+        (math.nan * sum(weight.square().sum() for weight in gradients.values())).backward()
+    with pytest.raises(FloatingPointError, match=r"qf1\.fc1: the gradient or the score"):
+        rlx2.change_topology(agent, agent.networks[1:], gradients, 0.1, "rigl", rlx2.drop_and_grow)
+
+
+def test_a_width_that_the_networks_do_not_have_is_not_named(rlx2, monkeypatch, small, capsys):
+    make_networks = rlx2.make_networks
+    monkeypatch.setattr(rlx2, "make_networks", lambda args, env: make_networks(rlx2.replace(args, hidden_dim=12), env))
+    rlx2.train(small(rlx2, total_timesteps=120))
+    assert "as many weights" not in capsys.readouterr().out
+
+
+def test_a_second_actor_has_the_actors_sparsity_and_its_changes(rlx2, monkeypatch):
     make_networks = rlx2.make_networks
     monkeypatch.setattr(
         rlx2, "make_networks", lambda args, env: make_networks(args, env) | {"actor2": rlx2.Actor(env, args.hidden_dim)}
@@ -167,3 +183,16 @@ def test_a_second_actor_has_the_actors_sparsity(rlx2, monkeypatch):
         name: [len(layer.positions) for layer in rlx2.sparse_layers(net).values()] for name, net in networks.items()
     }
     assert kept["actor2"] == kept["actor"] and kept["qf1"] == kept["qf2"] and sum(kept["qf1"]) > sum(kept["actor"])
+
+    class Agent(rlx2.Agent):  # both actors' mean is what acts in the loss
+        def __init__(self, networks, **adam):
+            super().__init__(networks, **adam)
+            self.actor_optimizer.add_param_group({"params": [*self.actor2.parameters()]})
+            self.actor.register_forward_hook(lambda _module, x, y: (y + self.actor2(*x)) / 2)
+
+    monkeypatch.setattr(rlx2, "Agent", Agent)
+    args, _, agent, rb, rng = make(rlx2, mask_update_interval=4)
+    masks = rlx2.get_masks(agent)
+    for update in range(1, 9):
+        step(rlx2, agent, rb, args, rng, update)
+    assert not any(torch.equal(E, masks[name]) for name, E in rlx2.get_masks(agent).items())
