@@ -27,7 +27,8 @@ import statistics
 import sys
 import tempfile
 import textwrap
-from dataclasses import dataclass
+from collections import Counter
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -470,8 +471,6 @@ class Configuration:
         self.first = self.runs[0]  # for what all of them have in common
         self.scores = np.array([run.meta["final_score"] for run in self.runs])
         self.moving = any(len(E) > 1 for run in self.runs for E in run.masks.values())  # others have no SAD but 0
-        places = {(run.machine, run.kernel) for run in self.runs}
-        self.timed = len(places) == 1 and not any(math.isnan(run.minutes) for run in self.runs)
 
 
 @dataclass
@@ -484,8 +483,13 @@ class Study:
 
     def __post_init__(self):
         self.moving = [c for c in self.configurations if c.moving]
-        timed = [c for c in self.configurations if c.timed]
-        self.timed = [c for c in timed if c.first.machine == timed[0].first.machine]  # whose minutes compare: dense's
+        # Whose minutes compare: most runs of a configuration, on the machine on which most of dense's ran, one kernel.
+        self.machine = Counter(run.machine for run in self.configurations[0].runs).most_common(1)[0][0]
+        self.timed = {c: [run for run in c.runs if run.machine == self.machine] for c in self.configurations}
+        for c, runs in self.timed.items():
+            few = len(runs) <= len(c.runs) / 2
+            if few or len({run.kernel for run in runs}) > 1 or any(math.isnan(run.minutes) for run in runs):
+                self.timed[c] = []
         self.nets = list(dict.fromkeys(net for c in self.configurations for run in c.runs for net in run.masks))
         # Of settled SAD, in steps: a tenth of training, or the longest K up to a quarter.
         total, Ks = self.setting["total_timesteps"], [c.first.args.get("mask_update_interval", 0) for c in self.moving]
@@ -794,12 +798,12 @@ def draw_returns(study: Study, resamples: int) -> Figure:
     size = len(rows), 2, 1.4 + 2 * len(rows) + 0.08 * len(study.configurations)
     figure, axes = new_figure(f"Return of the noise-free policy: {study.name}", *size, sharex="col", sharey=True)
     for (left, right), c in ((row, c) for row, group in zip(axes, rows, strict=True) for c in group):
-        curves = [run.curve("eval/episodic_return") for run in c.runs]
-        band(left, c, curves, resamples)
-        if c in study.timed:
-            end = min(run.minutes for run in c.runs)
+        band(left, c, [run.curve("eval/episodic_return") for run in c.runs], resamples)
+        if study.timed[c]:
+            end = min(run.minutes for run in study.timed[c])
             grid, timed = np.geomspace(end / 30, end, 100), []
-            for run, curve in zip(c.runs, curves, strict=True):
+            for run in study.timed[c]:
+                curve = run.curve("eval/episodic_return")
                 clock = run.metrics["charts/cpu_time_s"].loc[curve.index] / 60
                 timed.append(pd.Series(np.interp(grid, clock, curve), grid))
             band(right, c, timed, resamples, scale=1)
@@ -807,8 +811,8 @@ def draw_returns(study: Study, resamples: int) -> Figure:
         left.set_ylabel(f"evaluation return\n({'mean, range' if few else 'IQM, 95 % band'}, seeds)")
         right.set_xscale("log")
         right.xaxis.set_major_formatter("{x:g}")
-    where = f"on {study.timed[0].first.machine}" if study.timed else "none on one machine"
-    where += "; others ran elsewhere" * (0 < len(study.timed) < len(study.configurations))
+    elsewhere = any(len(runs) < len(c.runs) for c, runs in study.timed.items())
+    where = f"on {study.machine}{'; other seeds ran elsewhere' * elsewhere}"
     axes[-1, 0].set_xlabel(STEPS)
     axes[-1, 1].set_xlabel(textwrap.fill(f"core minutes of training, to the first seed's end (log scale), {where}", 52))
     return add_legend(figure)
@@ -842,10 +846,10 @@ they are too narrow: they hold the mean of three in about 75 %, of five in about
 comparisons. The IQM of up to three seeds is their mean. Each configuration is compared with the dense script's and
 with its pattern's default one; of several codes of those, with the one that has the most seeds. Of dense: the ratio of
 the IQMs of all seeds, where every dense run scored above zero. Gain: mean difference of the scores of equal seeds (in
-pairs). P better: probability that a run scores more than a dense one. Core minutes: CPU time of training, where all
-seeds ran on dense's hardware (no GPU) and threads, with one kernel; "Ran on" tells which did. Settled SAD: mean over
-seeds. Settled step: from there on the mask is within 10 % of the final one, at the latest (median; inf: only the final
-mask is).
+pairs). P better: probability that a run scores more than a dense one. Core minutes: CPU time of training, median of the
+seeds that ran on the kind of CPU (with as many threads) on which most of dense's did, if they are more than half; "Ran
+on" tells where the others ran. Settled SAD: mean over seeds. Settled step: from there on the mask is within 10 % of the
+final one, at the latest (median; inf: only the final mask is).
 """
 TIMES = """Steps and core minutes until an evaluation first returned 50, 75, 90 % of dense's score: of the seed in the
 middle (of two, the slower one; another seed in each column); inf: half of them or more never did. Gain at equal core
@@ -915,18 +919,20 @@ def configuration_row(study: Study, c: Configuration, resamples: int) -> dict:
     if default and default is not c and c.first.pattern != "dense":
         row |= {"default": default.label} | paired_difference("default_gain", c, default, resamples)
     row |= {"active_parameters": meta["params_active"], "mflop_per_update": c.first.flops / 1e6}
-    row["core_minutes"] = statistics.median(run.minutes for run in c.runs) if c in study.timed else math.nan
+    timed = study.timed[c]
+    row["core_minutes"] = statistics.median(run.minutes for run in timed) if timed else math.nan
     row["kernel"] = ", ".join(sorted({run.kernel for run in c.runs}))
     row["settled_sad"] = pd.Series(study.pairs(c)[:, 0]).mean()
     for net in study.nets:
         steps = [settled_step(run.masks[net]) for run in c.runs if net in run.masks]
         row[f"settled_step/{net}"] = statistics.median_high(steps) if steps else math.nan
     for percent in (50, 75, 90) if dense and (dense.scores > 0).all() else ():
-        times = [time_to(run, percent / 100 * iqm(dense.scores)) for run in c.runs]
-        steps, minutes = statistics.median_high(times)  # of one run
-        row |= {f"steps_to_{percent}": steps, f"core_minutes_to_{percent}": minutes if c in study.timed else math.nan}
-    if dense is not c and {c, dense} <= {*study.timed}:
-        row |= paired_difference("gain_at_equal_core_minutes", c, dense, resamples, stop=True)
+        steps, minutes = ([time_to(run, percent / 100 * iqm(dense.scores)) for run in runs] for runs in (c.runs, timed))
+        row[f"steps_to_{percent}"] = statistics.median_high(steps)[0]
+        row[f"core_minutes_to_{percent}"] = statistics.median_high(minutes)[1] if timed else math.nan
+    if dense and dense is not c and timed and study.timed[dense]:
+        two = (replace(one, runs=study.timed[one]) for one in (c, dense))
+        row |= paired_difference("gain_at_equal_core_minutes", *two, resamples, stop=True)
     return row
 
 

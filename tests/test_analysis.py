@@ -416,7 +416,7 @@ def test_other_machines_are_named(monkeypatch, capsys, tmp_path):
 
 
 def test_a_resume_elsewhere_counts(monkeypatch, capsys, tmp_path):
-    """Another machine or kernel: no minutes. Another code: a configuration of its own. A GPU: no minutes."""
+    """Half of the seeds elsewhere, two kernels, a GPU: no minutes. Another code: a configuration of its own."""
     monkeypatch.setattr(sa, "draw", lambda *_: [])
     for name, m, resumed in (("a", 4, {"kernel": "torch"}), ("b", 8, {"threads": 8}), ("c", 16, {"code": "beef" * 4})):
         for seed in (1, 2):

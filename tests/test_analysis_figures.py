@@ -18,7 +18,7 @@ def test_what_is_drawn_by_hand(tmp_path):
     """Of four seeds the IQM is the mean of the middle two; a band holds it; minutes end with the first seed's."""
     for seed, score in enumerate((100.0, 200.0, 400.0, 1000.0), 1):
         make_run(tmp_path / str(seed), seed=seed, score=score)
-        make_run(tmp_path / f"d{seed}", seed=seed, n=None, hardware=f"CPU {seed}")
+        make_run(tmp_path / f"d{seed}", seed=seed, n=None, hardware="a CPU" if seed > 1 else "CPU 1")
         make_run(tmp_path / f"x{seed}", seed=seed, n=3, m=8)
     (study,), _, _ = load(tmp_path)
     figure = sa.draw_returns(study, 200)
@@ -32,7 +32,10 @@ def test_what_is_drawn_by_hand(tmp_path):
     assert x.tolist() == [3.0 * i for i in range(11)] and y == pytest.approx(300 * x / 30)
     band = steps.collections[1].get_paths()[0].vertices
     assert band[:, 1].max() <= 1000 and band[band[:, 0] == 30, 1].min() < 300 < band[band[:, 0] == 30, 1].max()
-    assert [line.get_label().partition(" ")[0] for line in named[1]] == ["1:4"]  # dense ran on several machines
+    assert [line.get_label() for line in named[1]] == ["dense (3 seeds)", "1:4 (4 seeds)"]  # one ran elsewhere
+    assert (
+        minutes.get_xlabel().endswith("a CPU, 1 thread; other seeds ran\nelsewhere") or minutes is not figure.axes[-1]
+    )
     colors = {c.first.pattern: c.look["color"] for c in study.configurations}
     assert len(set(colors.values())) == 3 and colors["1:4"] == sa.COLORS["1:4"].lower()
 
@@ -43,13 +46,15 @@ def test_time_to_a_return_by_hand(monkeypatch, capsys, tmp_path):
     for seed, score in enumerate((50, 100, 100), 1):
         make_run(tmp_path / f"three{seed}", seed=seed, m=8, score=score)
     for seed, score in enumerate((50, 100), 1):
-        make_run(tmp_path / f"two{seed}", seed=seed, m=4, score=score, hardware=f"CPU {seed}")
-    make_run(tmp_path / "other", m=16, hardware="CPU 9")
+        make_run(tmp_path / f"two{seed}", seed=seed, m=4, score=score, hardware="a CPU" if seed == 1 else "CPU 2")
+    for seed, score in enumerate((50, 100, 100), 1):
+        make_run(tmp_path / f"most{seed}", seed=seed, m=16, score=score, hardware="a CPU" if seed < 3 else "CPU 2")
     (study,), _, _ = load(tmp_path)
     minutes = sa.draw_returns(study, 200).axes[1::2]
-    assert minutes[-1].get_xlabel().replace("\n", " ").endswith("(log scale), on a CPU, 1 thread; others ran elsewhere")
+    assert minutes[-1].get_xlabel().replace("\n", " ").endswith("on a CPU, 1 thread; other seeds ran elsewhere")
     drawn = {line.get_label().partition(" (")[0] for ax in minutes for line in ax.lines}
-    assert {name for name in drawn if name[0] != "_"} == {"dense", "1:8"}
+    assert {name for name in drawn if name[0] != "_"} == {"dense", "1:8", "1:16"}
+    assert {c.label: len(runs) for c, runs in study.timed.items()} == {"dense": 1, "1:8": 3, "1:4": 0, "1:16": 2}
     monkeypatch.setattr(sa, "FIGURES", {})
     assert run(monkeypatch, capsys, tmp_path, "--out", tmp_path / "a", "--no-track")[0] == 0
     frame = pd.read_csv(tmp_path / "a" / "summary.csv").set_index("configuration")
@@ -57,11 +62,12 @@ def test_time_to_a_return_by_hand(monkeypatch, capsys, tmp_path):
     assert steps.loc["dense"].tolist() == steps.loc["1:8"].tolist() == [12_000, 18_000, 24_000]
     assert steps.loc["1:4"].tolist() == [24_000, math.inf, math.inf]  # half of the seeds never came to 60
     assert frame.loc["1:8", "core_minutes_to_75"] == pytest.approx(18_000 / 200 / 60)
-    for label in ("1:4", "1:16"):  # of two machines; of another one than dense
-        assert frame.loc[label, ["core_minutes", "core_minutes_to_50", "gain_at_equal_core_minutes"]].isna().all()
-    assert frame.loc["1:16", "steps_to_90"] == 24_000
+    minutes = [f"core_minutes{suffix}" for suffix in ("", "_to_50", "_to_75")]
+    assert frame.loc["1:16", minutes].tolist() == [2.5, 2, math.inf]  # of the two seeds that ran where dense did
+    assert frame.loc["1:16", "steps_to_75"] == 18_000  # of all three
+    assert frame.loc["1:4", [*minutes, "gain_at_equal_core_minutes"]].isna().all()  # one of two is not most
     gains = frame["gain_at_equal_core_minutes"]  # seed 1 alone is paired with dense, which takes as long and has 80
-    assert gains["1:8"] == pytest.approx(-40) and math.isnan(gains["dense"]) and math.isnan(gains["1:4"])
+    assert gains["1:8"] == gains["1:16"] == pytest.approx(-40) and math.isnan(gains["dense"])
     text = (tmp_path / "a" / "summary.md").read_text()
     assert "| 1:8 | 3 | 12,000 | 1 | 18,000 | 1.5 | 24,000 | 2 | -40 |" in text and "| steps to 50 % |" in text
 
