@@ -202,6 +202,13 @@ def test_the_readme_s_numbers_are_those_of_the_results():
     names, speeds, ratios = read_table(README)
     measured = read_table(read("results/end_to_end/summary.md"))[1:]
     assert len(names) > 8 and set(zip(names[1:], speeds[1:], ratios[1:], strict=True)) < set(map(tuple, measured))
+    xeon = {label: ratio for label, _, ratio in read_table(read("results/end_to_end_xeon/summary.md"))[1:]}
+    page = read("results/rlx2/README.md")
+    assert (
+        f"[{float(xeon['1:8']):.1f}\ntimes](results/end_to_end_xeon/" in README
+        and f"| {xeon['RLx2 96/88']} | | |" in page
+    )
+    assert f"(RLx2 there {float(xeon['RLx2 96/88']):.1f} times)" in README
     columns = {"active": (0, "active parameters"), "final": (0, "final score iqm"), "minus": (0, "gain")}
     columns |= {"core": (0, "core minutes"), "stopped": (1, "gain at equal core minutes")}
     columns |= {f"{x} %": (1, f"core minutes to {x} %") for x in (50, 90)}
