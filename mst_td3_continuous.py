@@ -27,8 +27,9 @@ policy with --evaluate runs/<run_name>. Controls: --critic-regime static (static
   M5  N:M: one swap in a group at most, in the groups with the smallest weights. RigL that holds to N:M both in what it
       keeps and in what it grows, as JaxPruner's, never changes a mask. So zeta is at most 1/N.
   M6  Targets always have the online masks, so that they are N:M, too.
-  M7  SimBa with TD3 is unpublished: sizes, initialisation and AdamW are those of SimBa's DDPG; twin critics, target
-      actor, smoothing and delay, one update a step, 25,000 random ones and gamma are TD3's (SimBa: 0.995).
+  M7  SimBa with TD3 is unpublished: sizes, initialisation and AdamW are those of SimBa's DDPG (but for He's normal
+      distribution, which Flax cuts off at two deviations); twin critics, target actor, smoothing and delay, one update
+      a step, 25,000 random ones and gamma are TD3's (SimBa's rule gives 0.995 for episodes of 1,000 steps).
       ReLU everywhere; biases and norms decay.
   M8  Statistics of observations take in what training acts on, random steps too; replay holds raw observations, which
       all networks normalise with today's statistics.
@@ -150,7 +151,7 @@ class Args:
     mask_end: Share = 0.8
     """share of training after which masks stay, in [0, 1]"""
     diagnostics_interval: Natural = 50_000
-    """environment steps between looks at the networks' plasticity, >= 0; 0 is never"""
+    """environment steps between looks at the networks' plasticity (also at the end), >= 0; 0 is never"""
     kernel: Literal["auto", "nm", "torch"] = "auto"
     """how the sparse layers are computed: nm is fast, on CPUs with a C compiler; torch runs anywhere; auto picks one"""
     device: Literal["cpu", "cuda"] = "cpu"
@@ -267,7 +268,7 @@ def drop_fractions(args: Args, update: int) -> dict[str, float]:
     for name, every in (("critic", 1), ("actor", args.policy_frequency)):  # steps between updates of its own
         own, end = update // every, args.mask_end * (last // every)
         due = update % (every * args.mask_update_interval) == 0 and own < end
-        if due and regimes(args)[name][0] in ("rigl", "set"):
+        if due and regimes(args)[name][0] not in ("dense", "static"):
             zeta[name] = args.drop_fraction / 2 * (1 + math.cos(math.pi * (own / end)))
     return zeta
 
@@ -347,6 +348,8 @@ def change_topology(agent: "Agent", networks: list["Network"], gradients: dict, 
                 raise ValueError(f"{net.name}.{name} has no gradient: not in the loss, or sparse_weight() is hidden")
             if id(layer.active_weights) not in trained:
                 raise ValueError(f"{net.name} is trained by no torch.optim.Optimizer that is an attribute of Agent")
+            if regime not in ("rigl", "set"):
+                raise ValueError(f"change_topology has no score for {regime}")
             score = gradient.abs() if regime == "rigl" else torch.rand(layer.shape).to(gradient)
             if score.isnan().any():
                 raise FloatingPointError(f"{net.name}.{name}: the gradient or the score that growth goes by is NaN")
@@ -425,35 +428,36 @@ def make_trunk(inputs: int, d: int, blocks: int, outputs: int) -> nn.Sequential:
 class Actor(nn.Module):
     """Deterministic policy pi(s): obs [B, obs_dim] -> action [B, action_dim], inside the action bounds."""
 
-    def __init__(self, env: gym.Env, norm: RunningNorm, d: int, blocks: int):
+    def __init__(self, env: gym.Env, obs_norm: RunningNorm, d: int, blocks: int):
         super().__init__()
-        self.norm = norm
+        self.obs_norm = obs_norm
         self.net = make_trunk(env.observation_space.shape[0], d, blocks, env.action_space.shape[0])
         low, high = action_bounds(env)
         self.register_buffer("action_scale", (high - low) / 2)  # [action_dim], each dimension has its own
         self.register_buffer("action_bias", (high + low) / 2)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.tanh(self.net(self.norm(x))) * self.action_scale + self.action_bias
+        return torch.tanh(self.net(self.obs_norm(x))) * self.action_scale + self.action_bias
 
 
 class QNetwork(nn.Module):
     """Critic Q(s, a): obs [B, obs_dim], action [B, action_dim] -> value [B, 1]."""
 
-    def __init__(self, env: gym.Env, norm: RunningNorm, d: int, blocks: int):
+    def __init__(self, env: gym.Env, obs_norm: RunningNorm, d: int, blocks: int):
         super().__init__()
-        self.norm = norm
+        self.obs_norm = obs_norm
         self.net = make_trunk(env.observation_space.shape[0] + env.action_space.shape[0], d, blocks, 1)
 
     def forward(self, x: torch.Tensor, a: torch.Tensor) -> torch.Tensor:
-        return self.net(torch.cat([self.norm(x), a], dim=1))
+        return self.net(torch.cat([self.obs_norm(x), a], dim=1))
 
 
 def make_networks(args: Args, env: gym.Env) -> dict[str, nn.Module]:
     """The online networks, with one set of statistics, initialised from torch's global generator (M7)."""
-    norm = RunningNorm(env.observation_space.shape[0])
-    actor = Actor(env, norm, args.actor_hidden_dim, args.actor_blocks).to(args.device)
-    critics = [QNetwork(env, norm, args.critic_hidden_dim, args.critic_blocks).to(args.device) for _ in range(2)]
+    obs_norm = RunningNorm(env.observation_space.shape[0])
+    actor = Actor(env, obs_norm, args.actor_hidden_dim, args.actor_blocks).to(args.device)
+    sizes = args.critic_hidden_dim, args.critic_blocks
+    critics = [QNetwork(env, obs_norm, *sizes).to(args.device) for _ in range(2)]
     return {"actor": actor, "qf1": critics[0], "qf2": critics[1]}
 
 
@@ -501,8 +505,8 @@ class State:
 # --- end shared ---
 
 
-def critic_losses(agent: Agent, data, args: Args, generator: torch.Generator) -> tuple[torch.Tensor, ...]:
-    """Values [B, 1] and losses of both critics towards the clipped double-Q target: q1, q2, loss 1, loss 2."""
+def critic_losses(agent: Agent, data, args: Args, generator: torch.Generator) -> tuple[list, list]:
+    """Values [B, 1] of the critics and their losses towards the clipped double-Q target."""
     with torch.no_grad():
         scale, bias = agent.actor.action_scale, agent.actor.action_bias  # [action_dim]
         noise = torch.empty_like(data.actions).normal_(0.0, args.policy_noise, generator=generator)  # [B, action_dim]
@@ -514,7 +518,8 @@ def critic_losses(agent: Agent, data, args: Args, generator: torch.Generator) ->
         next_q_value = data.rewards + (1 - data.dones) * args.gamma * min_qf_next_target  # [B, 1]
     qf1_a_values = agent.qf1(data.observations, data.actions)
     qf2_a_values = agent.qf2(data.observations, data.actions)
-    return qf1_a_values, qf2_a_values, F.mse_loss(qf1_a_values, next_q_value), F.mse_loss(qf2_a_values, next_q_value)
+    values = [qf1_a_values, qf2_a_values]
+    return values, [F.mse_loss(q, next_q_value) for q in values]
 
 
 def policy_loss(agent: Agent, data) -> torch.Tensor:
@@ -525,18 +530,15 @@ def update_critics(agent: Agent, data, args: Args, generator: torch.Generator, d
     """One step of both critics, or a change of their masks (M4)."""
     critics = [net for net in agent.networks if not net.name.startswith("actor")]
     with dense_gradients(critics if drop is not None else []) as gradients:
-        qf1_a_values, qf2_a_values, qf1_loss, qf2_loss = critic_losses(agent, data, args, generator)
-        qf_loss = qf1_loss + qf2_loss
+        values, losses = critic_losses(agent, data, args, generator)
+        qf_loss = sum(losses)
         agent.q_optimizer.zero_grad()
         qf_loss.backward()
     step_or_change(agent, agent.q_optimizer, critics, gradients, drop, args.critic_regime, new_positions)
-    return {
-        "losses/qf1_values": qf1_a_values.detach(),
-        "losses/qf2_values": qf2_a_values.detach(),
-        "losses/qf1_loss": qf1_loss.detach(),
-        "losses/qf2_loss": qf2_loss.detach(),
-        "losses/qf_loss": qf_loss.detach() / 2,  # as CleanRL logs it
-    }
+    row = {"losses/qf_loss": qf_loss.detach() / len(losses)}  # the mean, as CleanRL logs it
+    for net, qf_values, loss in zip(critics, values, losses, strict=True):
+        row |= {f"losses/{net.name}_values": qf_values.detach(), f"losses/{net.name}_loss": loss.detach()}
+    return row
 
 
 def update_actor(agent: Agent, data, args: Args, drop: float | None = None) -> dict[str, torch.Tensor]:
@@ -575,7 +577,7 @@ def train(args: Args) -> dict:
     adamw = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "decoupled_weight_decay": True}
     agent = Agent(sparsify(make_networks(args, env), args), **adamw)
     for net in agent.networks:
-        net.target.norm = net.online.norm  # one set of statistics (M8)
+        net.target.obs_norm = net.online.obs_norm  # one set of statistics (M8)
     stats = model_stats(agent) | {"kernel": use_kernel(args, agent, env), "pattern": pattern(args)}
     rb = ReplayBuffer(args.buffer_size, transition_columns(env), args.device)
     eval_seeds = draw_seeds(rng["evaluation"], args.eval_episodes)
@@ -588,9 +590,9 @@ def train(args: Args) -> dict:
     state, first_masks = State(), get_masks(agent)
     state.masks = add_masks([], first_masks, state)  # what masks.npz will hold
     state.ever = first_masks
+    check_schedule(args, agent)
     if args.resume:
         load_checkpoint(args, state, agent, rb, rng, env)
-    check_schedule(args)
     columns = metric_columns(agent) + list(sad_metrics(first_masks, first_masks, first_masks))
     columns += [f"plasticity/{net.name}/{name}" for net in agent.networks for name in PLASTICITY]
     with Run(args, columns, stats, state) as run:
@@ -600,7 +602,7 @@ def train(args: Args) -> dict:
         obs, _ = env.reset()
         while state.global_step < args.total_timesteps:
             check_finite("observation", state.global_step, obs)
-            agent.actor.norm.update(obs)  # M8
+            agent.actor.obs_norm.update(obs)  # M8
             if state.global_step < args.learning_starts:
                 action = low + (high - low) * torch.rand(low.shape, generator=rng["warmup"])
             else:
@@ -615,7 +617,7 @@ def train(args: Args) -> dict:
             obs = next_obs
 
             row, last = {}, global_step == args.total_timesteps
-            if args.diagnostics_interval and (global_step % args.diagnostics_interval == 0 or last) and state.update:
+            if args.diagnostics_interval and (global_step % args.diagnostics_interval == 0 or last):
                 with run.timed("pauses"):  # before the update, which may change masks
                     row |= diagnose(agent, rb, args, state)
             if global_step > args.learning_starts:
@@ -666,7 +668,7 @@ def train(args: Args) -> dict:
 def parse_nm(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d{1,4}):(\d{1,4})", text)
     if not match or not 1 <= int(match[1]) <= int(match[2]):
-        raise UserError(f"N:M such as 2:4 is needed, 1 <= N <= M, not {text}")
+        raise UserError(f"N:M such as 2:4 is needed, 1 <= N <= M <= 9,999, not {text}")
     return int(match[1]), int(match[2])
 
 
@@ -700,7 +702,7 @@ def dormant_share(activations: list[torch.Tensor], threshold: float = 0.1) -> fl
     Sokar et al., arXiv 2302.12902)."""
     means = [h.abs().mean(0) for h in activations]
     dormant = sum(int((mean <= threshold * (mean.mean() + 1e-9)).sum()) for mean in means)
-    return dormant / sum(map(len, means)) if means else math.nan
+    return dormant / sum(map(len, means))
 
 
 def srank(features: torch.Tensor, delta: float = 0.01) -> int:
@@ -710,55 +712,62 @@ def srank(features: torch.Tensor, delta: float = 0.01) -> int:
 
 
 def diagnose(agent: Agent, rb: "ReplayBuffer", args: Args, state: State) -> dict[str, float]:
-    """Plasticity of each online network on one batch, with random streams of its own; features: the head's input."""
+    """Plasticity of each online network on one batch, from a copy and with random streams of its own. Features are what
+    `net.head` reads; feature_norm is of what `net.norm` reads, as after a LayerNorm it hardly changes. Hidden units are
+    those of torch.nn's activations. A network without one of these has no such number."""
     step, seen, probes, row, generators = state.global_step, {}, {}, {}, get_globals()
     data, smoothing = rb.sample(args.batch_size, torch.Generator().manual_seed(step)), torch.Generator(args.device)
+    agent = copy.deepcopy(agent)  # a forward pass of a fork's may change its buffers
 
     def keep(module, inputs, output) -> None:
         seen.setdefault(module, []).append((inputs[0].detach(), output.detach()))
 
     for net in agent.networks:
-        modules = list(net.online.modules())
-        head = [module for module in modules if isinstance(module, nn.Linear | SparseLinear)][-1]
-        activations = [module for module in modules if type(module).__module__ == "torch.nn.modules.activation"]
-        probes[net.name] = head, activations
-    handles = [x.register_forward_hook(keep) for head, activations in probes.values() for x in (head, *activations)]
-    qf_loss = sum(critic_losses(agent, data, args, smoothing.manual_seed(step))[2:])
+        modules = dict(net.online.named_modules())
+        activations = [x for x in modules.values() if type(x).__module__ == "torch.nn.modules.activation"]
+        probes[net.name] = modules.get("net.head"), modules.get("net.norm"), activations
+        for module in [x for x in (*probes[net.name][:2], *activations) if x]:
+            module.register_forward_hook(keep)
+    _, losses = critic_losses(agent, data, args, smoothing.manual_seed(step))
     of_critics, seen = seen, {}  # the actor's loss calls qf1 again: what counts are its calls before
     actor_loss = policy_loss(agent, data)
     seen |= of_critics
-    for handle in handles:
-        handle.remove()
     set_globals(*generators)  # a fork's dropout or replay draws from them
     for net in agent.networks:
-        head, activations = probes[net.name]
-        if head not in seen:
+        head, norm, activations = probes[net.name]
+        if not seen.keys() & set(net.online.modules()):
             continue  # a fork's network that no loss calls
-        features, params = seen[head][0][0], list(net.online.parameters())
-        check_finite("a network's features", step, features.sum().item())
-        loss = actor_loss if net.name.startswith("actor") else qf_loss
+        numbers, params = {}, list(net.online.parameters())
         trained = [param for param in params if param.requires_grad]
-        grads = torch.autograd.grad(loss, trained, retain_graph=True, materialize_grads=True)
-        norms = features.norm(dim=1).mean(), get_total_norm(params), get_total_norm(grads)
-        hidden = [output for module in activations for _, output in seen.get(module, [])]
-        numbers = [dormant_share(hidden), srank(features), *(x.item() for x in norms)]
+        loss = actor_loss if net.name.startswith("actor") else sum(losses)
+        grads = torch.autograd.grad(loss, trained, retain_graph=True, materialize_grads=True) if trained else []
+        if hidden := [output for module in activations for _, output in seen.get(module, [])]:
+            numbers["dormant"] = dormant_share(hidden)
+        if head in seen:
+            check_finite("a network's features", step, seen[head][0][0].sum().item())
+            numbers["srank"] = srank(seen[head][0][0])
+        if norm in seen:
+            numbers["feature_norm"] = seen[norm][0][0].norm(dim=1).mean().item()
+        numbers |= {"weight_norm": get_total_norm(params).item(), "gradient_norm": get_total_norm(grads).item()}
         if ever := [E.flatten() for name, E in state.ever.items() if name.startswith(f"{net.name}.")]:
-            numbers.append(torch.cat(ever).double().mean().item())
-        row |= {f"plasticity/{net.name}/{key}": x for key, x in zip(PLASTICITY, numbers, strict=False)}
+            numbers["ever_active"] = torch.cat(ever).double().mean().item()
+        row |= {f"plasticity/{net.name}/{key}": x for key, x in numbers.items()}
     return row
 
 
-def check_schedule(args: Args) -> None:
+def check_schedule(args: Args, agent: Agent) -> None:
     """Say whose masks should change by their regime but won't. UserError for a later end: changes go by the end."""
-    moving = {"rigl", "set"} & {args.actor_regime, args.critic_regime}
+    moving = [name for name, (regime, _, _) in regimes(args).items() if regime not in ("dense", "static")]
     if args.resume and moving and args.total_timesteps != read_run(args.resume)[1].total_timesteps:
-        raise UserError("--total-timesteps can't grow: drop fractions go by it, a longer run has others from its start")
-    for name, every in (("actor", args.policy_frequency), ("critic", 1)):
-        regime, sparsity, nm = regimes(args)[name]
-        first = drop_fractions(args, every * args.mask_update_interval).get(name)  # zeta of the first change
-        full = nm[0] == nm[1] if nm else sparsity == 0
-        if regime in ("rigl", "set") and (full or not first):
-            cause = "nothing is inactive" if full else "see --mask-update-interval, --mask-end, --drop-fraction"
+        raise UserError("--total-timesteps can't grow: this run's masks change by a schedule for its own length")
+    for name in moving:
+        every = args.policy_frequency if name == "actor" else 1
+        zeta = drop_fractions(args, every * args.mask_update_interval).get(name, 0)  # of the first change
+        nets = [net for net in agent.networks if net.name.startswith("actor") == (name == "actor")]
+        layers = [layer for net in nets for layer in sparse_layers(net.online).values()]
+        layers = [layer for layer in layers if len(layer.positions) < layer.shape.numel()]
+        if not any(int(zeta * len(layer.positions)) for layer in layers):
+            cause = "see --mask-update-interval, --mask-end, --drop-fraction" if layers else "nothing is inactive"
             print(f"warning: the {name}'s masks do not change in this run: {cause}", file=sys.stderr)
 
 

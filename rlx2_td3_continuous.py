@@ -297,6 +297,8 @@ def change_topology(agent: "Agent", networks: list["Network"], gradients: dict, 
                 raise ValueError(f"{net.name}.{name} has no gradient: not in the loss, or sparse_weight() is hidden")
             if id(layer.active_weights) not in trained:
                 raise ValueError(f"{net.name} is trained by no torch.optim.Optimizer that is an attribute of Agent")
+            if regime not in ("rigl", "set"):
+                raise ValueError(f"change_topology has no score for {regime}")
             score = gradient.abs() if regime == "rigl" else torch.rand(layer.shape).to(gradient)
             if score.isnan().any():
                 raise FloatingPointError(f"{net.name}.{name}: the gradient or the score that growth goes by is NaN")
@@ -496,9 +498,9 @@ def train(args: Args) -> dict:
 
     state, first_masks = State(), get_masks(agent)
     state.masks = add_masks([], first_masks, state)  # what masks.npz will hold
+    check_schedule(args)
     if args.resume:
         load_checkpoint(args, state, agent, rb, rng, env)
-    check_schedule(args)
     columns = metric_columns(agent) + list(sad_metrics(first_masks, first_masks, first_masks))
     columns += ["replay/policy_distance", "replay/size"]
     with Run(args, columns, stats, state) as run:
@@ -600,7 +602,7 @@ def check_schedule(args: Args) -> None:
     if args.nstep > args.buffer_size:
         raise UserError(f"--nstep {args.nstep} needs a --buffer-size of at least {args.nstep}")
     if args.resume and args.topology != "static" and args.total_timesteps != read_run(args.resume)[1].total_timesteps:
-        raise UserError("--total-timesteps can't grow: drop fractions go by it, a longer run has others from its start")
+        raise UserError("--total-timesteps can't grow: this run's masks change by a schedule for its own length")
     for name, every in (("critics", 1), ("actor", args.policy_frequency)) if args.topology != "static" else ():
         if not drop_fractions(args, every * args.mask_update_interval).get(name):  # zeta of the first change
             print(f"warning: the topology of {name} does not change in this run", file=sys.stderr)

@@ -14,7 +14,7 @@ from conftest import ROOT, SMALL, assert_same_run, load, stop_at
 def finish(module, monkeypatch, folder, stop=300, **settings):
     """The folders of a whole run and of one that was stopped and resumed."""
     monkeypatch.setattr(module, "hardware_report", lambda *_: None)  # it updates, too
-    settings = SMALL | settings
+    settings = {name: x for name, x in SMALL.items() if hasattr(module.Args, name)} | settings
     whole = module.train(module.Args(**settings, runs_dir=str(folder / "whole")))
     with monkeypatch.context() as patch:
         stop_at(patch, module, stop)
@@ -212,36 +212,43 @@ def test_a_network_that_comes_late_is_said_at_the_next_checkpoint(dense, place, 
         dense.unpack(content, {"agent": {}, "state": {}})
 
 
-@pytest.mark.parametrize("kernel", ["nm", "torch"])
-def test_a_network_that_is_replaced_is_the_network(rnm, kernel, tmp_path, monkeypatch):
+@pytest.mark.parametrize("name, kernel", [("rnm", "nm"), ("rnm", "torch"), ("mst", "nm")])
+def test_a_network_that_is_replaced_is_the_network(name, kernel, tmp_path, monkeypatch, request):
     """Two resets of the critics, as README says: masks, targets and a resume follow; each draws other weights."""
-    update_agent, changes = rnm.update_agent, []
+    script = request.getfixturevalue(name)
+    update_agent, changes = script.update_agent, []
 
-    def update(agent, rb, args, rng, update):
+    def heads(agent):
+        return [list(net.net)[-1].weight.clone() for net in (agent.qf1_target, agent.qf1)]
+
+    def update(agent, rb, args, rng, update, *drops):
         if update in (100, 150):
-            env = rnm.make_env(args.env_id)
-            new = rnm.sparsify(rnm.make_networks(args, env), args)
-            for name in ("qf1", "qf2"):
-                setattr(agent, name, new[name])
-                setattr(agent, f"{name}_target", copy.deepcopy(new[name]))
-            agent.q_optimizer = rnm.make_adam([*agent.qf1.parameters(), *agent.qf2.parameters()], lr=3e-4)
-            rnm.use_kernel(args, agent, env)
-            changes.append([agent, agent.qf1_target.net.fc3.weight.clone(), agent.qf1.net.fc3.weight.clone()])
-        losses = update_agent(agent, rb, args, rng, update)
+            env = script.make_env(args.env_id)
+            new = script.sparsify(script.make_networks(args, env), args)
+            for qf in ("qf1", "qf2"):
+                vars(agent).update({qf: new[qf], f"{qf}_target": copy.deepcopy(new[qf])})
+            if name == "mst":
+                agent.qf1.obs_norm = agent.qf1_target.obs_norm = agent.actor.obs_norm
+                agent.qf2.obs_norm = agent.qf2_target.obs_norm = agent.actor.obs_norm
+            agent.q_optimizer = script.make_adam([*agent.qf1.parameters(), *agent.qf2.parameters()], lr=3e-4)
+            script.use_kernel(args, agent, env)
+            changes.append([agent, *heads(agent)])
+        losses = update_agent(agent, rb, args, rng, update, *drops)
         if update in (101, 151):
-            changes[-1] += [agent.qf1_target.net.fc3.weight.clone(), agent.qf1.net.fc3.weight.clone()]
+            changes[-1] += heads(agent)
         return losses
 
-    monkeypatch.setattr(rnm, "update_agent", update)
-    settings = {"n": 1, "m": 4, "mask_update_interval": 40, "kernel": kernel}
-    assert_same_run(*finish(rnm, monkeypatch, tmp_path, **settings))
+    monkeypatch.setattr(script, "update_agent", update)
+    settings = {"n": 1, "m": 4} if name == "rnm" else {"actor_hidden_dim": 8, "critic_hidden_dim": 16}
+    settings |= {"mask_update_interval": 40, "kernel": kernel}
+    assert_same_run(*finish(script, monkeypatch, tmp_path, **settings))
     for _, target, critic, next_target, next_critic in changes[:2]:
         assert torch.equal(target, critic) and not torch.equal(critic, next_critic)
         assert not torch.equal(target, next_target)  # Polyak averages of the new ones
     agent = changes[1][0]
     assert [net.online for net in agent.networks][1:] == [agent.qf1, agent.qf2]
     assert not torch.equal(changes[0][2], changes[1][2])
-    assert type(agent.qf1.net) is (rnm.FusedSequential if kernel == "nm" else nn.Sequential)
+    assert type(agent.qf1.net) is (script.FusedSequential if kernel == "nm" else nn.Sequential)
 
 
 def test_sampled_actions_are_seeded_and_come_back(tmp_path, monkeypatch):
@@ -351,7 +358,7 @@ def test_a_critic_without_the_norm_has_such_a_target(mst, monkeypatch):
     class Raw(mst.QNetwork):
         def __init__(self, *args):
             super().__init__(*args)
-            self.norm = nn.Identity()
+            self.obs_norm = nn.Identity()
 
     monkeypatch.setattr(mst, "QNetwork", Raw)
     monkeypatch.setattr(mst, "Run", lambda *_: 1 / 0)
@@ -360,8 +367,8 @@ def test_a_critic_without_the_norm_has_such_a_target(mst, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         mst.train(mst.Args(env_id="Reach-v0", actor_hidden_dim=8, critic_hidden_dim=8))
     (agent,) = agents
-    assert agent.qf1_target.norm is agent.qf1.norm and agent.target_actor.norm is agent.actor.norm
-    assert type(agent.qf1.norm) is nn.Identity and type(agent.actor.norm) is mst.RunningNorm
+    assert agent.qf1_target.obs_norm is agent.qf1.obs_norm and agent.target_actor.obs_norm is agent.actor.obs_norm
+    assert type(agent.qf1.obs_norm) is nn.Identity and type(agent.actor.obs_norm) is mst.RunningNorm
 
 
 def test_blocks_that_are_no_block_are_an_error(mst, monkeypatch):

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from collections import OrderedDict
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -24,7 +25,7 @@ def agent_of(mst, obs_dim=11, action_dim=3, seed=0, **options):
     env = spaces(obs_dim, action_dim)
     agent = mst.Agent(mst.sparsify(mst.make_networks(args, env), args), lr=args.learning_rate)
     for net in agent.networks:
-        net.target.norm = agent.actor.norm
+        net.target.obs_norm = agent.actor.obs_norm
     return agent, args
 
 
@@ -112,10 +113,10 @@ def test_forward_by_hand(mst, options, kernel):
     for p in (p for net in agent.networks for p in net.online.parameters()):
         p.data += 0.05 * torch.randn_like(p)  # norms and biases count, too
     for obs in np.random.default_rng(0).normal(3, 2, (40, 11)):
-        agent.actor.norm.update(obs)
+        agent.actor.obs_norm.update(obs)
     mst.use_kernel(args, agent, spaces(11, 3))
     data = batch()
-    norm = agent.actor.norm
+    norm = agent.actor.obs_norm
     x = (data.observations - norm.mean.float()) / (norm.var.float() + 1e-8).sqrt()
     wanted = by_hand(agent.qf1, torch.cat([x, data.actions], 1))
     assert torch.allclose(agent.qf1(data.observations, data.actions), wanted, atol=2e-5)
@@ -141,10 +142,10 @@ def test_one_set_of_statistics_takes_in_what_training_acts_on(mst, small, monkey
     args = small(mst, total_timesteps=300, eval_interval=100)
     mst.train(args)
     agent = agents[-1]
-    norms = {id(net.norm) for part in agent.networks for net in (part.online, part.target)}
+    norms = {id(net.obs_norm) for part in agent.networks for net in (part.online, part.target)}
     assert len(seen) == 300 and len(norms) == 1  # evaluations add nothing
-    assert np.allclose(agent.actor.norm.mean, np.mean(seen, 0), atol=1e-4)
-    assert agent.actor.norm.count.item() == pytest.approx(300)
+    assert np.allclose(agent.actor.obs_norm.mean, np.mean(seen, 0), atol=1e-4)
+    assert agent.actor.obs_norm.count.item() == pytest.approx(300)
     for optimizer in (agent.q_optimizer, agent.actor_optimizer):  # AdamW
         (group,) = optimizer.param_groups
         assert group["weight_decay"] == 0.01 and group["decoupled_weight_decay"] is True
@@ -416,7 +417,7 @@ def test_diagnostics_of_a_network(mst):
     data = rb.sample(args.batch_size, torch.Generator().manual_seed(7))
     shares, parts = [], agent.qf1.net
     for actions in (agent.actor(data.observations).detach(), data.actions):  # the critic's loss has the latter
-        h, hidden = parts.embedding(torch.cat([agent.qf1.norm(data.observations), actions], 1)), []
+        h, hidden = parts.embedding(torch.cat([agent.qf1.obs_norm(data.observations), actions], 1)), []
         for block in (parts.block1, parts.block2):
             hidden.append(torch.relu(block.net.fc1(block.net.norm(h))).detach())
             h = h + block.net.fc2(hidden[-1])
@@ -424,15 +425,15 @@ def test_diagnostics_of_a_network(mst):
         shares.append(mst.dormant_share(hidden))
     assert row["plasticity/qf1/dormant"] == pytest.approx(shares[1]) != pytest.approx(shares[0])
     assert row["plasticity/qf1/srank"] == mst.srank(features)
-    assert row["plasticity/qf1/feature_norm"] == pytest.approx(features.norm(dim=1).mean().item(), rel=1e-5)
+    assert row["plasticity/qf1/feature_norm"] == pytest.approx(h.detach().norm(dim=1).mean().item(), rel=1e-5)
     weights = torch.cat([p.flatten() for p in agent.qf1.parameters()])
     assert row["plasticity/qf1/weight_norm"] == pytest.approx(weights.norm().item(), rel=1e-5)
     loss = mst.critic_losses(agent, data, args, torch.Generator().manual_seed(7))
-    sum(loss[2:]).backward()
+    sum(loss[1]).backward()
     grad = torch.cat([p.grad.flatten() for p in agent.qf1.parameters()])
     assert row["plasticity/qf1/gradient_norm"] == pytest.approx(grad.norm().item(), rel=1e-4)
     parts = agent.actor.net
-    h = parts.embedding(agent.actor.norm(data.observations))
+    h = parts.embedding(agent.actor.obs_norm(data.observations))
     inner = torch.relu(parts.block1.net.fc1(parts.block1.net.norm(h)))
     assert row["plasticity/actor/dormant"] == pytest.approx(mst.dormant_share([inner.detach()]))
     actor_loss = -agent.qf1(data.observations, agent.actor(data.observations)).mean()
@@ -442,9 +443,27 @@ def test_diagnostics_of_a_network(mst):
     ever = {name.split("/")[1]: share for name, share in row.items() if name.endswith("/ever_active")}
     assert ever == {"qf1": 0.875, "actor": 0}  # 7 of 8 weights; qf2 has none
     agent.qf1.spare = torch.nn.Parameter(torch.zeros(2))  # of a fork: no loss uses it
+    agent.extra, agent.target_of["extra"] = copy.deepcopy(agent.qf1), "qf1_target"  # no loss calls it
     assert diagnose(7) == pytest.approx(row)
     agent.qf1.net.embedding.weight.requires_grad_(False)  # frozen by a fork
     assert 0 < diagnose(7)["plasticity/qf1/gradient_norm"] < row["plasticity/qf1/gradient_norm"]
+    agent.qf2.requires_grad_(False)
+    assert diagnose(7)["plasticity/qf2/gradient_norm"] == 0 < row["plasticity/qf2/gradient_norm"]
+    for block in (agent.qf2.net.block1, agent.qf2.net.block2):
+        block.net.relu = type("Own", (nn.ReLU,), {"__module__": "fork"})()
+    agent.qf2.net = nn.Sequential(
+        OrderedDict({"last" if n == "head" else n: x for n, x in agent.qf2.net._modules.items()})
+    )
+    lacks = {key for key in row if key not in diagnose(7)}
+    assert lacks == {"plasticity/qf2/dormant", "plasticity/qf2/srank"}
+    torch.nn.utils.parametrizations.spectral_norm(
+        agent.qf2.net.embedding
+    )  # each pass of a network in training moves it
+    buffers = [x.clone() for x in agent.qf2.buffers()]
+    diagnose(7)
+    assert all(map(torch.equal, buffers, agent.qf2.buffers()))
+    agent.qf2(data.observations, data.actions)
+    assert not all(map(torch.equal, buffers, agent.qf2.buffers()))
     agent.actor.net.embedding.weight.data[0] = math.nan
     with pytest.raises(FloatingPointError, match="at step 9"):
         diagnose(9)
@@ -454,6 +473,7 @@ def test_diagnostics_change_nothing_but_their_rows(mst, small):
     options = {"total_timesteps": 300, "eval_interval": 100, "learning_starts": 100, "mask_update_interval": 25}
     a, b, c = (mst.train(small(mst, diagnostics_interval=x, **options))["run_dir"] for x in (0, 50, 125))
     assert [float(row["global_step"]) for row in read_rows(c) if row["plasticity/qf1/srank"]] == [125, 250, 300]
+    assert next(float(row["global_step"]) for row in read_rows(b) if row["plasticity/qf1/srank"]) == 50  # untrained
     plain = [{k: v for k, v in row.items() if "plasticity" not in k} for row in read_rows(a)]
     rows = {row["global_step"]: {k: v for k, v in row.items() if "plasticity" not in k} for row in read_rows(b)}
     assert plain == [rows[row["global_step"]] for row in plain] and len(rows) > len(plain) - 1

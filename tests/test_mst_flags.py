@@ -1,6 +1,7 @@
 """MST's flags: bad input, masks that will not change, names of runs."""
 
 import pytest
+from test_mst import agent_of
 
 BAD = {
     ("--actor-nm", "2:4", "--actor-sparsity", "0.5"): "--actor-nm",
@@ -8,6 +9,7 @@ BAD = {
     ("--critic-sparsity", "0.5", "--critic-regime", "dense"): "--critic-sparsity",
     ("--critic-nm", ""): "N:M",
     ("--critic-nm", "5:4"): "N:M",
+    ("--critic-nm", "1:10000"): "9,999",
     ("--critic-nm", "2-4"): "N:M",
     ("--critic-sparsity", "1"): "--critic-sparsity",
     ("--actor-sparsity", "nan"): "--actor-sparsity",
@@ -29,6 +31,9 @@ WARNINGS = {  # options: whose masks do not change, why
     ("drop_fraction", 0.0): ("critic", "--drop-fraction"),
     ("critic_nm", "4:4"): ("critic", "nothing is inactive"),
     ("critic_sparsity", 0.0): ("critic", "nothing is inactive"),
+    ("critic_sparsity", 1e-9): ("critic", "nothing is inactive"),
+    ("critic_nm", "600:9999"): ("critic", "nothing is inactive"),  # more than its layers' inputs
+    ("drop_fraction", 1e-6): ("critic", "--drop-fraction"),  # less than one weight
     ("actor_regime", "set"): None,
     ("critic_regime", "static"): None,
 }
@@ -36,7 +41,8 @@ WARNINGS = {  # options: whose masks do not change, why
 
 @pytest.mark.parametrize("change", WARNINGS)
 def test_masks_that_will_not_change_get_a_word(mst, capsys, change):
-    mst.check_schedule(mst.Args(**SHORT | dict([change])))
+    agent, args = agent_of(mst, **SHORT | dict([change]))
+    mst.check_schedule(args, agent)
     err, wanted = capsys.readouterr().err, WARNINGS[change]
     assert err.count("warning") == (wanted is not None)
     assert wanted is None or (f"the {wanted[0]}'s masks" in err and wanted[1] in err)

@@ -21,10 +21,7 @@ EDITS = {
     "third critic": [
         ("for _ in range(2)]", "for _ in range(3)]"),
         ('"qf2": critics[1]}', '"qf2": critics[1], "qf3": critics[2]}'),
-        (
-            "qf_loss = qf1_loss + qf2_loss",
-            "qf_loss = qf1_loss + qf2_loss + agent.qf3(data.observations, data.actions).square().mean()",
-        ),
+        ("[qf1_a_values, qf2_a_values]", "[qf1_a_values, qf2_a_values, agent.qf3(data.observations, data.actions)]"),
     ],
     "step and change": [
         (
@@ -107,9 +104,8 @@ def test_forks_run_and_resume(fork, small, cli, monkeypatch, name):
     last = read_rows(whole)[-1]
     nets = {"actor", "qf1", "qf2", "qf3"} if name == "third critic" else {"actor", "qf1", "qf2"}
     assert {key.split("/")[1] for key in last if key.startswith("plasticity/")} == nets
-    assert all(
-        0 <= float(last[f"plasticity/{net}/dormant"]) <= 1 and last[f"plasticity/{net}/srank"] for net in nets - {"qf3"}
-    )
+    for net in nets:
+        assert 0 <= float(last[f"plasticity/{net}/dormant"]) <= 1 and float(last[f"plasticity/{net}/gradient_norm"]) > 0
 
 
 def test_one_relu_for_all_blocks_counts_in_each(mst):

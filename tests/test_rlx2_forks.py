@@ -157,12 +157,14 @@ def test_a_rule_must_return_each_place_once(rlx2):
             rlx2.change_topology(agent, critics, gradients, 0.1, "rigl", rule)
 
 
-def test_a_score_without_numbers_is_refused(rlx2):
+def test_a_score_without_numbers_or_of_no_known_regime_is_refused(rlx2):
     _, _, agent, _, _ = make(rlx2)
     with rlx2.dense_gradients(agent.networks[1:]) as gradients:
         (math.nan * sum(weight.square().sum() for weight in gradients.values())).backward()
     with pytest.raises(FloatingPointError, match=r"qf1\.fc1: the gradient or the score"):
         rlx2.change_topology(agent, agent.networks[1:], gradients, 0.1, "rigl", rlx2.drop_and_grow)
+    with pytest.raises(ValueError, match="no score for magnitude"):
+        rlx2.change_topology(agent, agent.networks[1:], gradients, 0.1, "magnitude", rlx2.drop_and_grow)
 
 
 def test_a_width_that_the_networks_do_not_have_is_not_named(rlx2, monkeypatch, small, capsys):
