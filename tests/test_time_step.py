@@ -1,5 +1,6 @@
 """Where a step's time goes: the clock by hand, and that it changes nothing of what it watches."""
 
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -53,14 +54,26 @@ def test_the_parts_of_a_run(rnm, monkeypatch, tmp_path):
     assert_same_model(*(next((tmp_path / name).iterdir()) for name in ("timed", "plain")))
 
 
-def test_what_the_page_concludes_from_its_table():
+def test_what_the_page_concludes_from_its_tables():
     page = (ROOT / "results/step/README.md").read_text()
-    head, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if "|" in line)
-    table = {name: [float(cell.replace(",", "") or 0) for cell in cells] for name, *cells in rows}
-    products, step = (dict(zip(head[1:], table[name], strict=True)) for name in ("sparse products in C", "a step"))
+    zen, xeon = map(read_table, re.findall(r"(?:^\|.*\n)+", page, re.MULTILINE))
+    products, step = zen["sparse products in C"], zen["a step"]
     free, now = (
         [f"{step['dense'] / (step[x] - spent[x]):.1f}" for x in ("1:8", "RLx2 96/88")]
         for spent in (products, dict.fromkeys(step, 0))
     )
     said = "1:8 would train {} times as fast as dense in this run, not {}, and RLx2 {} times, not {}."
     assert said.format(free[0], now[0], free[1], now[1]) in page
+    more = xeon["sparse products in C"]["1:8"] / products["1:8"]
+    rest = (xeon["a step"]["1:8"] - xeon["sparse products in C"]["1:8"]) / (step["1:8"] - products["1:8"])
+    assert f"products take {more:.1f} times as long as on the Zen 4, all else of a step {rest:.1f} times" in page
+    assert f"A dense step takes {xeon['a step']['dense'] / step['dense']:.1f} times as long" in page
+    assert f"1:8 trains {xeon['a step']['dense'] / xeon['a step']['1:8']:.1f} times as fast as dense" in page
+
+
+def read_table(text):
+    head, _, *rows = ([cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines())
+    return {
+        name: {x: float(cell.replace(",", "") or 0) for x, cell in zip(head[1:], cells, strict=True)}
+        for name, *cells in rows
+    }
