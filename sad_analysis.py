@@ -709,7 +709,7 @@ def draw_ages(study: Study, resamples: int) -> Figure:
 PLASTICITY = {
     "dormant": "dormant units\n(share)",
     "srank": "srank of the\nfeatures",
-    "feature_norm": "norm of the\nfeatures",
+    "feature_norm": "norm before the\nlast LayerNorm",
 }
 PLASTICITY |= {"weight_norm": "norm of the\nweights", "gradient_norm": "norm of the\ngradient"}
 PLASTICITY |= {"ever_active": "ever active\n(share)"}
