@@ -23,7 +23,8 @@ policy with --evaluate runs/<run_name>. Controls: --critic-regime static (static
       is not known); zeta falls from 0.3 to 0 along a cosine (RigL's defaults).
   M4  A change, by the gradient of one batch, takes the place of that update's AdamW step. What was just dropped may
       return with its value and moments, all else grows from zero with zero moments, as in RigL's code; the step count
-      goes on, so that a grown weight first moves by several learning rates.
+      goes on, so that a grown weight first moves by several learning rates. At 1e-4 it stays much smaller than what
+      the next change drops (results/mst/README.md).
   M5  N:M: one swap in a group at most, in the groups with the smallest weights. RigL that holds to N:M both in what it
       keeps and in what it grows, as JaxPruner's, never changes a mask. So zeta is at most 1/N.
   M6  Targets always have the online masks, so that they are N:M, too.
@@ -619,7 +620,7 @@ def train(args: Args) -> dict:
             row, last = {}, global_step == args.total_timesteps
             if args.diagnostics_interval and (global_step % args.diagnostics_interval == 0 or last):
                 with run.timed("pauses"):  # before the update, which may change masks
-                    row |= diagnose(agent, rb, args, state)
+                    row |= diagnose(agent, rb, args, state, first_masks)
             if global_step > args.learning_starts:
                 with run.timed("updates"):
                     state.update += 1
@@ -694,7 +695,7 @@ def pattern(args: Args) -> str:
     return "dense" if words == ["dense", "dense"] else "-".join(words)
 
 
-PLASTICITY = "dormant srank feature_norm weight_norm gradient_norm ever_active".split()
+PLASTICITY = "dormant srank feature_norm weight_norm gradient_norm ever_active grown_norm".split()
 
 
 def dormant_share(activations: list[torch.Tensor], threshold: float = 0.1) -> float:
@@ -711,10 +712,10 @@ def srank(features: torch.Tensor, delta: float = 0.01) -> int:
     return int((share < (1 - delta) * share[-1]).sum()) + 1
 
 
-def diagnose(agent: Agent, rb: "ReplayBuffer", args: Args, state: State) -> dict[str, float]:
+def diagnose(agent: Agent, rb: "ReplayBuffer", args: Args, state: State, first: dict) -> dict[str, float]:
     """Plasticity of each online network on one batch, from a copy and with random streams of its own. Features are what
     `net.head` reads; feature_norm is of what `net.norm` reads, as after a LayerNorm it hardly changes. Hidden units are
-    those of torch.nn's activations. A network without one of these has no such number."""
+    those of torch.nn's activations. A network without one of these has no such number. first: masks at the start."""
     step, seen, probes, row, generators = state.global_step, {}, {}, {}, get_globals()
     data, smoothing = rb.sample(args.batch_size, torch.Generator().manual_seed(step)), torch.Generator(args.device)
     agent = copy.deepcopy(agent)  # a forward pass of a fork's may change its buffers
@@ -749,8 +750,10 @@ def diagnose(agent: Agent, rb: "ReplayBuffer", args: Args, state: State) -> dict
         if norm in seen:
             numbers["feature_norm"] = seen[norm][0][0].norm(dim=1).mean().item()
         numbers |= {"weight_norm": get_total_norm(params).item(), "gradient_norm": get_total_norm(grads).item()}
-        if ever := [E.flatten() for name, E in state.ever.items() if name.startswith(f"{net.name}.")]:
-            numbers["ever_active"] = torch.cat(ever).double().mean().item()
+        if weights := {f"{net.name}.{k}": x.sparse_weight().cpu() for k, x in sparse_layers(net.online).items()}:
+            numbers["ever_active"] = torch.cat([state.ever[name].flatten() for name in weights]).double().mean().item()
+            grown = sum((W[~first[name]] ** 2).sum().item() for name, W in weights.items())
+            numbers["grown_norm"] = grown / sum((W**2).sum().item() for W in weights.values())
         row |= {f"plasticity/{net.name}/{key}": x for key, x in numbers.items()}
     return row
 
@@ -769,6 +772,8 @@ def check_schedule(args: Args, agent: Agent) -> None:
         if not any(int(zeta * len(layer.positions)) for layer in layers):
             cause = "see --mask-update-interval, --mask-end, --drop-fraction" if layers else "nothing is inactive"
             print(f"warning: the {name}'s masks do not change in this run: {cause}", file=sys.stderr)
+        elif (nm := regimes(args)[name][2]) and args.drop_fraction > 1 / nm[0]:
+            print(f"warning: one swap a group drops 1/{nm[0]} of the {name}'s weights at most", file=sys.stderr)
 
 
 # --- shared: sad ---

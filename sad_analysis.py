@@ -317,6 +317,7 @@ def thin_run(run: Run, out: Path, window: float) -> None:
     target.mkdir(parents=True)
     refreshes = run.metrics.filter(regex="^sad/").dropna(how="all").index
     kept = run.curve("eval/episodic_return").index.union(refreshes[evenly(len(refreshes), 40)])
+    kept = kept.union(run.metrics.filter(regex="^plasticity/").dropna(how="all").index)
     if run.masks:
         steps = run.curves.index
         starts = [before_end(steps, back) for back in (window, 0.1 * run.args["total_timesteps"])]
@@ -578,8 +579,10 @@ def configure(runs: list[Run]) -> tuple[list[Configuration], list[tuple[str, str
 
 
 def place(run: Run) -> tuple[int, float]:
-    """Dense first, N:M by density, then the others."""
-    return (0, 0.0) if run.pattern == "dense" else (1, -run.meta["n"] / run.meta["m"]) if run.meta["n"] else (2, 0.0)
+    """Dense first, N:M by density, then the others, of these the ones without N:M first."""
+    if run.pattern == "dense":
+        return 0, 0.0
+    return (1, -run.meta["n"] / run.meta["m"]) if run.meta["n"] else (2, ":" in run.pattern)
 
 
 def make_studies(runs: list[Run]) -> tuple[list[Study], list[tuple[str, str]]]:
@@ -675,7 +678,7 @@ def draw_curves(study: Study, title: str, labels: dict, parts: list, resamples: 
                 band(ax, c, [run.curve(key.format(name)) for run in c.runs], resamples)
             ax.set_title(str(name).replace("/", ", "))
             ax.set_visible(name is not None)  # a network may have fewer layers than others
-        panels[0].set(ylabel=label, ylim=(0, None))
+        panels[0].set(ylabel=label, **({"yscale": "log"} if "gradient" in key else {"ylim": (0, None)}))
     for ax in axes[-1]:
         ax.set_xlabel(STEPS)
     return add_legend(figure)
@@ -712,7 +715,7 @@ PLASTICITY = {
     "feature_norm": "norm before the\nlast LayerNorm",
 }
 PLASTICITY |= {"weight_norm": "norm of the\nweights", "gradient_norm": "norm of the\ngradient"}
-PLASTICITY |= {"ever_active": "ever active\n(share)"}
+PLASTICITY |= {"ever_active": "ever active\n(share)", "grown_norm": "outside the first mask\n(share of squared norm)"}
 
 
 def draw_plasticity(study: Study, resamples: int) -> Figure | None:

@@ -16,7 +16,8 @@ SMALL = "dense, "  # labels are known by how they begin; "dense" alone is all of
 RIVALS = "RigL ", "SET ", "static "
 QUESTIONS = {  # folders, the page's first -> does the first of each pair return more?
     ("rlx2", "paper"): [("RLx2 ", name) for name in RIVALS] + [(name, SMALL) for name in ("RLx2 ", *RIVALS)],
-    ("mst",): [("MST 60/60", name) for name in ("static/static ", "RigL/static ", "dense")] + [("MST 2:4", "dense")],
+    ("mst",): [("MST 60/60", name) for name in ("static/static ", "RigL/static ", "dense")]
+    + [("static/static ", "dense"), ("RigL/static ", "static/static "), ("MST 2:4", "dense")],
 }
 
 

@@ -140,6 +140,7 @@ def test_topologies_without_structure_beside_nm(dense, rnm, rlx2, small, monkeyp
 def test_module_specific_training(mst, small, monkeypatch, capsys, tmp_path):
     """Real runs: SimBa's dense network is their dense one; names, colours, plasticity in a figure, thinning."""
     common = {"runs_dir": str(tmp_path / "runs"), "total_timesteps": 200, "eval_interval": 50}
+    common |= {"diagnostics_interval": 70}  # at steps that have no other row
     options = [
         {"actor_regime": "dense", "critic_regime": "dense", "mask_update_interval": 30},
         {},
@@ -158,17 +159,19 @@ def test_module_specific_training(mst, small, monkeypatch, capsys, tmp_path):
     labels = [c.label for c in study.configurations]
     assert labels == [
         "dense",
-        "MST 2:4/2:4",
         "MST 60/60",
         "MST 60/60, mask_end 0.9",
         "RigL/dense 60/0",
         "static/static 60/60",
+        "MST 2:4/2:4",
     ]
     assert all(study.dense(c).label == "dense" for c in study.configurations)
     light, base = (to_rgb(study.configurations[i].look["color"]) for i in (2, 1))
     assert base == to_rgb(sa.COLORS["MST"]) and light == pytest.approx([0.6 * x + 0.4 for x in base], abs=1 / 255)
     figure = sa.draw_plasticity(study, 100)
-    assert len(figure.axes) == 18 and [len(ax.lines) for ax in figure.axes[:3]] == [6, 6, 6]
+    assert len(figure.axes) == 21 and [len(ax.lines) for ax in figure.axes[:3]] == [6, 6, 6]
+    assert [ax.get_yscale() for ax in figure.axes[::3]] == ["linear"] * 4 + ["log"] + ["linear"] * 2
     assert len(list((tmp_path / "a").glob("*_plasticity.png"))) == 1
     (thin,), _, skipped = load(tmp_path / "thin")
     assert [c.label for c in thin.configurations] == labels and not skipped
+    assert list(thin.configurations[1].first.curve("plasticity/qf1/srank").index) == [70, 140, 200]

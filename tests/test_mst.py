@@ -401,12 +401,14 @@ def test_diagnostics_of_a_network(mst):
     agent.qf1.net.block1.net.fc1.bias.data.fill_(-2)
     before = torch.get_rng_state(), {n: p.clone() for n, p in agent.qf1.named_parameters()}
     hook = agent.qf1.net.block1.net.relu.register_forward_hook(lambda *_: torch.rand(1) and None)  # a fork that draws
-    state, off = mst.State(), torch.zeros(1, 2).bool()
-    state.ever = {"qf1.a": torch.tensor([[True, False]]), "qf1.b": torch.ones(2, 3).bool(), "actor.a": off}
+    state, first = mst.State(), mst.get_masks(agent)
+    state.ever = {name: E | (name.startswith("qf1") and "fc2" in name) for name, E in first.items()}
+    layer = mst.sparse_layers(agent.qf1)["block2.net.fc1"]
+    first["qf1.block2.net.fc1"].view(-1)[layer.positions[:40]] = False
 
     def diagnose(step: int) -> dict[str, float]:
         state.global_step = step
-        return mst.diagnose(agent, rb, args, state)
+        return mst.diagnose(agent, rb, args, state, first)
 
     row = diagnose(7)
     assert torch.equal(before[0], torch.get_rng_state())
@@ -440,8 +442,14 @@ def test_diagnostics_of_a_network(mst):
     grads = torch.autograd.grad(actor_loss, list(agent.actor.parameters()))
     wanted = torch.cat([g.flatten() for g in grads]).norm().item()
     assert row["plasticity/actor/gradient_norm"] == pytest.approx(wanted, rel=1e-4)
-    ever = {name.split("/")[1]: share for name, share in row.items() if name.endswith("/ever_active")}
-    assert ever == {"qf1": 0.875, "actor": 0}  # 7 of 8 weights; qf2 has none
+    ever, grown = (
+        {net: row[f"plasticity/{net}/{key}"] for net in ("actor", "qf1", "qf2")}
+        for key in ("ever_active", "grown_norm")
+    )
+    assert ever == pytest.approx({"actor": 0.4, "qf1": 0.7, "qf2": 0.4}, abs=5e-3)  # fc2 is as large as fc1
+    kept = torch.cat([x.active_weights.detach() for x in mst.sparse_layers(agent.qf1).values()])
+    outside = layer.active_weights.detach()[:40].square().sum() / kept.square().sum()
+    assert grown == {"actor": 0, "qf1": pytest.approx(outside.item(), rel=1e-5), "qf2": 0}
     agent.qf1.spare = torch.nn.Parameter(torch.zeros(2))  # of a fork: no loss uses it
     agent.extra, agent.target_of["extra"] = copy.deepcopy(agent.qf1), "qf1_target"  # no loss calls it
     assert diagnose(7) == pytest.approx(row)
@@ -451,9 +459,8 @@ def test_diagnostics_of_a_network(mst):
     assert diagnose(7)["plasticity/qf2/gradient_norm"] == 0 < row["plasticity/qf2/gradient_norm"]
     for block in (agent.qf2.net.block1, agent.qf2.net.block2):
         block.net.relu = type("Own", (nn.ReLU,), {"__module__": "fork"})()
-    agent.qf2.net = nn.Sequential(
-        OrderedDict({"last" if n == "head" else n: x for n, x in agent.qf2.net._modules.items()})
-    )
+    layers = [(name.replace("head", "last"), x) for name, x in agent.qf2.net.named_children()]
+    agent.qf2.net = nn.Sequential(OrderedDict(layers))
     lacks = {key for key in row if key not in diagnose(7)}
     assert lacks == {"plasticity/qf2/dormant", "plasticity/qf2/srank"}
     torch.nn.utils.parametrizations.spectral_norm(

@@ -120,8 +120,8 @@ def test_one_relu_for_all_blocks_counts_in_each(mst):
         if shared:
             agent.qf1.net.block2.net.relu = agent.qf1.net.block1.net.relu
         state = mst.State()
-        state.ever = {}
-        rows.append(mst.diagnose(agent, rb, args, state))
+        state.ever = mst.get_masks(agent)
+        rows.append(mst.diagnose(agent, rb, args, state, state.ever))
     assert rows[0] == rows[1] and rows[0]["plasticity/qf1/dormant"] > rows[0]["plasticity/qf2/dormant"]
 
 
