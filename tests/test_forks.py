@@ -205,7 +205,7 @@ def trained(module, folder: Path, kernel: str, stop_at: int | None = None) -> Pa
     return Path(result["run_dir"])
 
 
-IN_TORCH = "unedited", "third critic"  # the others' losses were compared with torch's above
+IN_TORCH = "unedited", "third critic"  # the others' updates were compared with torch's above
 RUNS = [("nm", name) for name in EDITS] + [("torch", name) for name in IN_TORCH]
 
 

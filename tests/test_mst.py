@@ -463,9 +463,7 @@ def test_diagnostics_of_a_network(mst):
     agent.qf2.net = nn.Sequential(OrderedDict(layers))
     lacks = {key for key in row if key not in diagnose(7)}
     assert lacks == {"plasticity/qf2/dormant", "plasticity/qf2/srank"}
-    torch.nn.utils.parametrizations.spectral_norm(
-        agent.qf2.net.embedding
-    )  # each pass of a network in training moves it
+    torch.nn.utils.parametrizations.spectral_norm(agent.qf2.net.embedding)  # each pass in training moves its buffers
     buffers = [x.clone() for x in agent.qf2.buffers()]
     diagnose(7)
     assert all(map(torch.equal, buffers, agent.qf2.buffers()))
