@@ -1,6 +1,6 @@
 """Dense TD3 for continuous control in one file: what rnm_td3_continuous.py is compared with.
 
-Fujimoto, van Hoof, Meger, "Addressing Function Approximation Error in Actor-Critic Methods" (TD3), arXiv 1802.09477
+  Fujimoto, van Hoof, Meger, "Addressing Function Approximation Error in Actor-Critic Methods" (TD3), arXiv 1802.09477
 
   TD3, Algorithm 1: smoothed, clipped double-Q target; delays    -> update_critics, update_actor, update_agent
 
@@ -169,7 +169,7 @@ class Agent:
         self.target_of = {name: "target_actor" if name == "actor" else f"{name}_target" for name in networks}
         for name, net in networks.items():  # targets start as copies
             vars(self).update({name: net, self.target_of[name]: copy.deepcopy(net).requires_grad_(False)})
-        critics = [net for name, net in networks.items() if not name.startswith("actor")]
+        critics = [net for name, net in networks.items() if not name.startswith("actor")]  # all others
         self.q_optimizer = make_adam([param for net in critics for param in net.parameters()], **adam)
         self.actor_optimizer = make_adam(self.actor.parameters(), **adam)
 
@@ -193,7 +193,7 @@ class State:
 
     def __init__(self):
         self.global_step, self.update = 0, 0  # environment steps taken, critic updates done
-        self.losses = {}  # of the last update
+        self.losses = {}  # of the last updates
         self.form = None  # of Agent's and State's networks and optimizers, at the first checkpoint
         self.evaluations = []  # [global_step, mean return], but for the one at step 0
         self.times, self.csv_bytes = [0.0, 0.0], 0  # training seconds by wall and CPU clock, length of metrics.csv
@@ -202,7 +202,7 @@ class State:
 # --- end shared ---
 # --- shared: td3 ---
 def update_critics(agent: Agent, data, args: Args, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """One step of both critics towards the clipped double-Q target; returns what is logged of it."""
+    """One step of both critics to the clipped double-Q target; data: transitions, parts [B, width]."""
     with torch.no_grad():
         scale, bias = agent.actor.action_scale, agent.actor.action_bias  # [action_dim]
         noise = torch.empty_like(data.actions).normal_(0.0, args.policy_noise, generator=generator)  # [B, action_dim]

@@ -1,9 +1,9 @@
 """MST in one file: TD3 on SimBa networks, of which each module is sparse in its own way.
 
-Ma et al., "Rethinking the Role of Dynamic Sparse Training for Scalable Deep RL" (MST), arXiv 2510.12096
-Lee et al., "SimBa: Simplicity Bias for Scaling Up Parameters in Deep RL", arXiv 2410.09754
-Evci et al., "Rigging the Lottery: Making All Tickets Winners" (RigL), ICML 2020, arXiv 1911.11134
-Fujimoto, van Hoof, Meger, "Addressing Function Approximation Error in Actor-Critic Methods" (TD3), arXiv 1802.09477
+  Ma et al., "Rethinking the Role of Dynamic Sparse Training for Scalable Deep RL" (MST), arXiv 2510.12096
+  Lee et al., "SimBa: Simplicity Bias for Scaling Up Parameters in Deep RL", arXiv 2410.09754
+  Evci et al., "Rigging the Lottery: Making All Tickets Winners" (RigL), ICML 2020, arXiv 1911.11134
+  Fujimoto, van Hoof, Meger, "Addressing Function Approximation Error in Actor-Critic Methods" (TD3), arXiv 1802.09477
 
   MST: encoder dense, critic dynamic (RigL), actor static        -> sparsify, --actor-regime, --critic-regime
   RigL and SET: drop small weights, grow others                  -> drop_fractions, dense_gradients, change_topology
@@ -473,7 +473,7 @@ class Agent:
         self.target_of = {name: "target_actor" if name == "actor" else f"{name}_target" for name in networks}
         for name, net in networks.items():  # targets start as copies
             vars(self).update({name: net, self.target_of[name]: copy.deepcopy(net).requires_grad_(False)})
-        critics = [net for name, net in networks.items() if not name.startswith("actor")]
+        critics = [net for name, net in networks.items() if not name.startswith("actor")]  # all others
         self.q_optimizer = make_adam([param for net in critics for param in net.parameters()], **adam)
         self.actor_optimizer = make_adam(self.actor.parameters(), **adam)
 
@@ -497,7 +497,7 @@ class State:
 
     def __init__(self):
         self.global_step, self.update = 0, 0  # environment steps taken, critic updates done
-        self.losses = {}  # of the last update
+        self.losses = {}  # of the last updates
         self.form = None  # of Agent's and State's networks and optimizers, at the first checkpoint
         self.evaluations = []  # [global_step, mean return], but for the one at step 0
         self.times, self.csv_bytes = [0.0, 0.0], 0  # training seconds by wall and CPU clock, length of metrics.csv

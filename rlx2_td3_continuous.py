@@ -1,8 +1,8 @@
 """RLx2 in one file: TD3 whose networks are sparse, without structure, and change their topology as they learn.
 
-Tan et al., "RLx2: Training a Sparse Deep Reinforcement Learning Model from Scratch", ICLR 2023, arXiv 2205.15043
-Evci et al., "Rigging the Lottery: Making All Tickets Winners" (RigL), ICML 2020, arXiv 1911.11134
-Fujimoto, van Hoof, Meger, "Addressing Function Approximation Error in Actor-Critic Methods" (TD3), arXiv 1802.09477
+  Tan et al., "RLx2: Training a Sparse Deep Reinforcement Learning Model from Scratch", ICLR 2023, arXiv 2205.15043
+  Evci et al., "Rigging the Lottery: Making All Tickets Winners" (RigL), ICML 2020, arXiv 1911.11134
+  Fujimoto, van Hoof, Meger, "Addressing Function Approximation Error in Actor-Critic Methods" (TD3), arXiv 1802.09477
 
   Erdos-Renyi densities of the layers                            -> erdos_renyi, sparsify
   RigL and SET: drop small weights, grow others, every Delta     -> drop_fractions, dense_gradients, change_topology
@@ -375,7 +375,7 @@ class Agent:
         self.target_of = {name: "target_actor" if name == "actor" else f"{name}_target" for name in networks}
         for name, net in networks.items():  # targets start as copies
             vars(self).update({name: net, self.target_of[name]: copy.deepcopy(net).requires_grad_(False)})
-        critics = [net for name, net in networks.items() if not name.startswith("actor")]
+        critics = [net for name, net in networks.items() if not name.startswith("actor")]  # all others
         self.q_optimizer = make_adam([param for net in critics for param in net.parameters()], **adam)
         self.actor_optimizer = make_adam(self.actor.parameters(), **adam)
 
@@ -399,7 +399,7 @@ class State:
 
     def __init__(self):
         self.global_step, self.update = 0, 0  # environment steps taken, critic updates done
-        self.losses = {}  # of the last update
+        self.losses = {}  # of the last updates
         self.form = None  # of Agent's and State's networks and optimizers, at the first checkpoint
         self.evaluations = []  # [global_step, mean return], but for the one at step 0
         self.times, self.csv_bytes = [0.0, 0.0], 0  # training seconds by wall and CPU clock, length of metrics.csv

@@ -1,7 +1,7 @@
 """RNM-TD3 in one file: TD3 whose networks are row-wise N:M sparse from the first step to the last.
 
-Vrce, Kassler, Aydos, "RNM-TD3: N:M Semi-structured Sparse Reinforcement Learning From Scratch", arXiv 2602.14578
-Fujimoto, van Hoof, Meger, "Addressing Function Approximation Error in Actor-Critic Methods" (TD3), arXiv 1802.09477
+  Vrce, Kassler, Aydos, "RNM-TD3: N:M Semi-structured Sparse Reinforcement Learning From Scratch", arXiv 2602.14578
+  Fujimoto, van Hoof, Meger, "Addressing Function Approximation Error in Actor-Critic Methods" (TD3), arXiv 1802.09477
 
   projection P_{N:M}, which makes the mask E                     -> project
   Figure 1, left: W and E give W~, only active weights learn     -> SparseLinear
@@ -12,12 +12,12 @@ Fujimoto, van Hoof, Meger, "Addressing Function Approximation Error in Actor-Cri
 Train with `python rnm_td3_continuous.py --env-id Ant-v4 --n 1 --m 8`, go on with --resume runs/<run_name>, measure a
 trained policy with --evaluate runs/<run_name>. Decisions where the paper's abstract and figure are silent:
   D1  Groups never straddle rows; a row's last group of r < M columns keeps min(N, r). Ties: the lower column stays.
-  D2  Only the packed active weights are trained. Inactive weights and their Adam moments rest in dense stores.
+  D2  Only the packed active weights are trained; the rest keep value and Adam's moments (first 0, one step count for all).
   D3  A target network has a W of its own and the online network's mask; its active weights follow by Polyak.
   D4  K counts critic updates; all masks change together, after the evaluation of that step, never at the last step.
   D5  Input and hidden layers are N:M; the output layer is only with --sparse-head; biases never are.
   D6  W starts as nn.Linear initialises it; the first mask is P_{N:M}(W).
-  D7  N = M is the dense script bit for bit (with --kernel torch).
+  D7  N = M is the dense script bit for bit (not with --kernel nm).
   D8  One random stream per purpose: dense and sparse runs of a seed share warm-up data and replay indices.
 """
 
@@ -200,7 +200,7 @@ class SparseLinear(nn.Module):
 
 
 def sparsify(networks: dict[str, nn.Module], args: Args) -> dict[str, nn.Module]:
-    """Make every nn.Linear N:M, but the last one that a network registered only with --sparse-head (D5)."""
+    """Make every nn.Linear N:M; the one that a network registered last stays dense without --sparse-head (D5)."""
     modules = [module for net in networks.values() for _, module in net.named_modules(remove_duplicate=False)]
     uses = Counter(id(param) for module in modules for param in module._parameters.values())
     for net in networks.values():
@@ -226,7 +226,7 @@ def refresh_masks(agent: "Agent") -> None:
         for layer, target in zip(sparse_layers(net.online).values(), sparse_layers(net.target).values(), strict=True):
             if layer.active_weights.requires_grad and trained.count(id(layer.active_weights)) != 1:
                 raise ValueError(f"{net.name} needs one torch.optim.Optimizer, an attribute of Agent, to train it")
-            stores = [(x.W, x.get_parameter("active_weights")) for x in (layer, target)]  # an error if it is computed
+            stores = [(x.W, x.get_parameter("active_weights")) for x in (layer, target)]  # raises if a fork computes it
             for state in (optimizer.state.get(layer.active_weights, {}) for optimizer in optimizers):
                 moments = {key: x for key, x in state.items() if torch.is_tensor(x) and x.dim()}  # Adam's two
                 stores += [(layer.get_buffer(key), x) for key, x in moments.items()]
@@ -291,7 +291,7 @@ class Agent:
         self.target_of = {name: "target_actor" if name == "actor" else f"{name}_target" for name in networks}
         for name, net in networks.items():  # targets start as copies
             vars(self).update({name: net, self.target_of[name]: copy.deepcopy(net).requires_grad_(False)})
-        critics = [net for name, net in networks.items() if not name.startswith("actor")]
+        critics = [net for name, net in networks.items() if not name.startswith("actor")]  # all others
         self.q_optimizer = make_adam([param for net in critics for param in net.parameters()], **adam)
         self.actor_optimizer = make_adam(self.actor.parameters(), **adam)
 
@@ -315,7 +315,7 @@ class State:
 
     def __init__(self):
         self.global_step, self.update = 0, 0  # environment steps taken, critic updates done
-        self.losses = {}  # of the last update
+        self.losses = {}  # of the last updates
         self.form = None  # of Agent's and State's networks and optimizers, at the first checkpoint
         self.evaluations = []  # [global_step, mean return], but for the one at step 0
         self.times, self.csv_bytes = [0.0, 0.0], 0  # training seconds by wall and CPU clock, length of metrics.csv
@@ -324,7 +324,7 @@ class State:
 # --- end shared ---
 # --- shared: td3 ---
 def update_critics(agent: Agent, data, args: Args, generator: torch.Generator) -> dict[str, torch.Tensor]:
-    """One step of both critics towards the clipped double-Q target; returns what is logged of it."""
+    """One step of both critics to the clipped double-Q target; data: transitions, parts [B, width]."""
     with torch.no_grad():
         scale, bias = agent.actor.action_scale, agent.actor.action_bias  # [action_dim]
         noise = torch.empty_like(data.actions).normal_(0.0, args.policy_noise, generator=generator)  # [B, action_dim]
@@ -420,7 +420,7 @@ def train(args: Args) -> dict:
             rb.add(observations=obs, actions=action, next_observations=next_obs, rewards=reward, dones=terminated)
             obs = next_obs
 
-            row, previous, last = {}, state.update, global_step == args.total_timesteps
+            row, before, last = {}, state.update, global_step == args.total_timesteps
             if global_step > args.learning_starts:
                 with run.timed("updates"):
                     state.update += 1
@@ -434,7 +434,7 @@ def train(args: Args) -> dict:
                 row |= run.evaluate(agent.actor, eval_seeds, global_step)
                 state.evaluations.append([global_step, row["eval/episodic_return"]])
             K = args.mask_update_interval
-            if K and state.update // K > previous // K and not last:  # after the evaluation (D4)
+            if K and state.update // K > before // K and not last:  # after the evaluation (D4)
                 with run.timed("updates"):
                     masks = get_masks(agent)
                     refresh_masks(agent)

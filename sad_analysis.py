@@ -662,9 +662,10 @@ def band(ax, c: Configuration, curves: list[pd.Series], resamples: int, scale: f
         label = f"{c.label} ({count(len(rows), 'seed')})"
         ax.plot(x, iqm(rows, axis=0), linewidth=1.2, label=label, clip_on=False, marker=marker, **c.look)
         if len(rows) > 1:
-            ax.plot(x, rows.T, linewidth=0.4, alpha=0.3, color=c.look["color"])
-        low, high = interval([rows], lambda drawn: iqm(drawn, axis=1), resamples)
-        ax.fill_between(x, low, high, color=c.look["color"], alpha=0.15, linewidth=0)
+            ax.plot(x, rows.T, linewidth=0.5, alpha=0.4, color=c.look["color"])
+        if len(rows) > 3:  # of fewer it is their range
+            low, high = interval([rows], lambda drawn: iqm(drawn, axis=1), resamples)
+            ax.fill_between(x, low, high, color=c.look["color"], alpha=0.15, linewidth=0)
 
 
 def draw_curves(study: Study, title: str, labels: dict, parts: list, resamples: int, shown=None) -> Figure:
@@ -792,32 +793,33 @@ def draw_interval(study: Study, resamples: int) -> Figure | None:
 
 
 def draw_returns(study: Study, resamples: int) -> Figure:
-    """5: learning curves over steps and over CPU time; a row for up to three configurations of one sparsity."""
+    """5: learning curves over steps and CPU time (if not only dense's is known); three configurations at most a row."""
     patterns = {}
     for c in study.configurations:
         patterns.setdefault(c.first.pattern.split()[-1], []).append(c)  # "RLx2 96/88" beside "SET 96/88"
     dense = patterns.pop("dense", [])
     rows = [[*dense, *own[i : i + 3]] for own in patterns.values() for i in range(0, len(own), 3)] or [dense]
-    size = len(rows), 2, 1.4 + 2 * len(rows) + 0.08 * len(study.configurations)
+    columns = 1 + any(study.timed[c] for row in rows for c in row[len(dense) :] or row)
+    size = len(rows), columns, 1.4 + 2 * len(rows) + 0.08 * len(study.configurations)
     figure, axes = new_figure(f"Return of the noise-free policy: {study.name}", *size, sharex="col", sharey=True)
-    for (left, right), c in ((row, c) for row, group in zip(axes, rows, strict=True) for c in group):
-        band(left, c, [run.curve("eval/episodic_return") for run in c.runs], resamples)
-        if study.timed[c]:
-            end = min(run.minutes for run in study.timed[c])
-            grid, timed = np.geomspace(end / 30, end, 100), []
-            for run in study.timed[c]:
-                curve = run.curve("eval/episodic_return")
-                clock = run.metrics["charts/cpu_time_s"].loc[curve.index] / 60
-                timed.append(pd.Series(np.interp(grid, clock, curve), grid))
-            band(right, c, timed, resamples, scale=1)
-        few = max(len(c.runs) for c in study.configurations) < 4  # an interval of so few is their range
-        left.set_ylabel(f"evaluation return\n({'mean, range' if few else 'IQM, 95 % band'}, seeds)")
-        right.set_xscale("log")
-        right.xaxis.set_major_formatter("{x:g}")
-    elsewhere = any(len(runs) < len(c.runs) for c, runs in study.timed.items())
-    where = f"on {study.machine}{'; other seeds ran elsewhere' * elsewhere}"
-    axes[-1, 0].set_xlabel(STEPS)
-    axes[-1, 1].set_xlabel(textwrap.fill(f"core minutes of training, to the first seed's end (log scale), {where}", 52))
+    for panels, row in zip(axes, rows, strict=True):
+        for c in row:
+            band(panels[0], c, [run.curve("eval/episodic_return") for run in c.runs], resamples)
+            if columns == 2 and study.timed[c]:
+                grid, timed = np.linspace(0, min(run.minutes for run in study.timed[c]), 100), []
+                for run in study.timed[c]:
+                    curve = run.curve("eval/episodic_return")
+                    clock = run.metrics["charts/cpu_time_s"].loc[curve.index] / 60
+                    timed.append(pd.Series(np.interp(grid, clock, curve), grid))
+                band(panels[1], c, timed, resamples, scale=1)
+        few = max(len(c.runs) for c in row) < 4
+        panels[0].set_ylabel(f"evaluation return\n({'mean' if few else 'IQM, 95 % band'}; faint: seeds)")
+        panels[0].yaxis.set_major_formatter("{x:,.0f}")
+        panels[0].set_title(row[-1].first.pattern.split()[-1], loc="left")
+    elsewhere = "; other seeds ran elsewhere" * any(len(runs) < len(c.runs) for c, runs in study.timed.items())
+    minutes = "core minutes of training (CPU time, no evaluations), to the first seed's end, on "
+    for ax, label in zip(axes[-1], (STEPS, textwrap.fill(minutes + study.machine + elsewhere, 52)), strict=False):
+        ax.set_xlabel(label)
     return add_legend(figure)
 
 

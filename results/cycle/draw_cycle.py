@@ -41,25 +41,29 @@ rnm.train(
 )
 (W, E), (trained, _), (_, new_E) = moments[1], moments[2], moments[3]
 kept = int(E[0].sum())
-panels = [
-    ("1  the dense W; framed: where the mask E is 1", W, E),
-    ("2  W~ = W * E: the layer computes with these alone", torch.where(E, W, torch.nan), E),
-    ("3  the same, packed: what Adam trains", W[E].view(-1, kept), None),
-    ("5  back in W; framed: the new mask", trained, new_E),
-    ("6  the next W~; green: came in, crosses: went out", torch.where(new_E, trained, torch.nan), new_E),
-    ("4  after K = 1,000 updates", trained[E].view(-1, kept), None),
-]
-figure, axes = plt.subplots(2, 3, figsize=(11, 3.6), width_ratios=[16, 16, 10], layout="constrained")
-for i, (ax, (title, values, mask)) in enumerate(zip(axes.flat, panels, strict=True)):
-    image = ax.imshow(values, cmap="RdBu", vmin=-0.15, vmax=0.15)
-    ax.set(xticks=[], yticks=[], title=title)
-    ax.title.set_fontsize(9)
+limit = max(W.abs().max(), trained.abs().max()).item()
+packed = "packed, one for each group:"
+panels = {
+    "1": ("the dense W; framed: where the mask E is 1", W, E),
+    "2": ("W~ = W * E: the layer computes with these alone", torch.where(E, W, torch.nan), E),
+    "3": (f"{packed}\nwhat Adam trains", W[E].view(-1, kept), None),
+    "4": (f"{packed}\nafter K = 1,000 updates", trained[E].view(-1, kept), None),
+    "5": ("back in W; framed: the new mask", trained, new_E),
+    "6": ("the next W~; green: came in, crosses: went out", torch.where(new_E, trained, torch.nan), new_E),
+}
+mosaic = [["1"] * 16 + ["2"] * 16 + ["3"] * 8, ["4"] * 8 + ["5"] * 16 + ["6"] * 16]
+figure, axes = plt.subplot_mosaic(mosaic, figsize=(11, 3.6), layout="constrained")
+for name, (title, values, mask) in panels.items():
+    ax = axes[name]
+    image = ax.imshow(values, cmap="RdBu", vmin=-limit, vmax=limit)
+    ax.set(xticks=[], yticks=[])
+    ax.set_title(f"{name}  {title}", fontsize=10)
     for row, column in [] if mask is None else mask.nonzero().tolist():
-        color = "tab:green" if i in (3, 4) and not E[row, column] else "black"
+        color = "tab:green" if name in "56" and not E[row, column] else "black"
         ax.add_patch(plt.Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, lw=2, ec=color))
-    for row, column in (E & ~new_E).nonzero().tolist() if i == 4 else []:
+    for row, column in (E & ~new_E).nonzero().tolist() if name == "6" else []:
         ax.plot(column, row, "x", color="tab:red")
     for column in range(4, 16, 4) if mask is not None else []:
-        ax.axvline(column - 0.5, color="grey", lw=0.5)
-figure.colorbar(image, ax=axes, label="weight", shrink=0.8)
+        ax.axvline(column - 0.5, color="grey", lw=1.5)
+figure.colorbar(image, ax=[*axes.values()], label="weight", shrink=0.8)
 figure.savefig(HERE / "cycle.png", dpi=110)
