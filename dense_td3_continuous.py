@@ -350,15 +350,13 @@ class ReplayBuffer:
 
     def __init__(self, size: int, columns: dict[str, int], device: str):
         self.size, self.widths, self.device, self.added = size, list(columns.values()), device, 0
-        self.array = np.zeros((size, sum(self.widths)), np.float32)  # takes memory only as it fills
-        self.rows, self.Batch = torch.from_numpy(self.array), namedtuple("Batch", columns)
-        stops = np.cumsum(self.widths).tolist()
-        self.places = {name: slice(stop - columns[name], stop) for name, stop in zip(columns, stops, strict=True)}
+        self.rows = torch.from_numpy(np.zeros((size, sum(self.widths)), np.float32))  # takes memory only as it fills
+        self.Batch, parts = namedtuple("Batch", columns), self.rows.split(self.widths, dim=1)
+        self.parts = {name: part.numpy() for name, part in zip(columns, parts, strict=True)}  # views of rows
 
     def add(self, **transition) -> None:
-        row = self.array[self.added % self.size]
         for name, value in transition.items():
-            row[self.places[name]] = value
+            self.parts[name][self.added % self.size] = value
         self.added += 1
 
     def sample(self, batch_size: int, generator: torch.Generator):
@@ -366,8 +364,8 @@ class ReplayBuffer:
         return self.Batch(*self.rows.index_select(0, index).to(self.device).split(self.widths, dim=1))
 
     def state_dict(self) -> dict:
-        mine = {k: x for k, x in vars(self).items() if k not in ("array", "places") and not isinstance(x, CODE)}
-        return mine | {"rows": torch.from_numpy(self.array[: self.added])}  # without the empty part
+        mine = {name: x for name, x in vars(self).items() if name != "parts" and not isinstance(x, CODE)}
+        return mine | {"rows": torch.from_numpy(self.rows.numpy()[: self.added])}  # without the empty part
 
     def load_state_dict(self, state: dict) -> None:
         rows = state.pop("rows")
@@ -583,12 +581,7 @@ def evaluate_run(args: "Args") -> int:
 def make_adam(parameters, **options) -> optim.Adam:
     """Adam in one fused call, which does not tell autograd that it changed the parameters: the hook does."""
     optimizer = optim.Adam(parameters, fused=True, **options)
-
-    def changed(*_) -> None:
-        for group in optimizer.param_groups:
-            torch.autograd.graph.increment_version(group["params"])
-
-    optimizer.register_step_post_hook(changed)
+    optimizer.register_step_post_hook(lambda adam, *_: torch.autograd.graph.increment_version(held(adam)))
     return optimizer
 
 
@@ -630,7 +623,7 @@ def save_model(path: Path, agent: "Agent", rb: "ReplayBuffer") -> None:
         if len({key.removeprefix("net.") for key in net.state_dict()}) < len(net.state_dict()):
             raise ValueError(f"model.pt drops `net.`: {name} has tensors of one name then, inside and outside of it")
     content = {name: {key: x.cpu() for key, x in plain_state(net).items()} for name, net in networks.items()}
-    observations = rb.rows[:16, rb.places["observations"]].clone()
+    observations = torch.from_numpy(rb.parts["observations"][:16].copy())
     with evaluating(agent.actor):
         content["probe"] = [observations, torch.stack([act(agent.actor, obs) for obs in observations.numpy()])]
     write_atomic(path, lambda file: torch.save(content, file))

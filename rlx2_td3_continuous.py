@@ -469,7 +469,7 @@ def update_agent(agent: Agent, rb: "ReplayBuffer", args: Args, rng: dict, update
 
 def shrink_replay(rb: "ReplayBuffer", actor: Actor, args: Args) -> dict[str, float]:
     """Forget the oldest tenth of the replay data if the policy acts otherwise now than when they came in (R9)."""
-    rows = rb.oldest_rows(8 * args.batch_size)
+    rows = rb.take(torch.arange(rb.oldest, min(rb.added, rb.oldest + 8 * args.batch_size)))
     with evaluating(actor):
         moved = (actor(rows.observations) - rows.policy_actions) / actor.action_scale  # [8 B, action_dim]
     distance = 0.5 * moved.square().mean().item()
@@ -688,19 +688,17 @@ class ReplayBuffer:
     def __init__(self, size: int, columns: dict[str, int], device: str, gamma: float):
         self.size, self.widths, self.device, self.gamma = size, list(columns.values()), device, gamma
         self.added = self.oldest = 0  # rows that ever came in, number of the oldest one that counts
-        self.array = np.zeros((size, sum(self.widths)), np.float32)  # takes memory only as it fills
-        self.rows, self.Rows = torch.from_numpy(self.array), namedtuple("Rows", columns)
+        self.rows = torch.from_numpy(np.zeros((size, sum(self.widths)), np.float32))  # takes memory only as it fills
+        self.Rows, parts = namedtuple("Rows", columns), self.rows.split(self.widths, dim=1)
         self.Batch = namedtuple("Batch", "observations actions next_observations rewards dones discounts")
-        stops = np.cumsum(self.widths).tolist()
-        self.places = {name: slice(stop - columns[name], stop) for name, stop in zip(columns, stops, strict=True)}
+        self.parts = {name: part.numpy() for name, part in zip(columns, parts, strict=True)}  # views of rows
 
     def __len__(self) -> int:
         return self.added - self.oldest
 
     def add(self, **transition) -> None:
-        row = self.array[self.added % self.size]
         for name, value in transition.items():
-            row[self.places[name]] = value
+            self.parts[name][self.added % self.size] = value
         self.added += 1
         self.oldest = max(self.oldest, self.added - self.size)
 
@@ -708,9 +706,6 @@ class ReplayBuffer:
         """Rows by number [count], counted from the first that ever came in."""
         index = numbers % self.size
         return self.Rows(*self.rows.index_select(0, index).to(self.device).split(self.widths, dim=1))
-
-    def oldest_rows(self, count: int):
-        return self.take(torch.arange(self.oldest, min(self.added, self.oldest + count)))
 
     def sample(self, batch_size: int, generator: torch.Generator, nstep: int = 1):
         """Transitions of up to nstep steps, drawn with replacement; they end where the episode does (R8).
@@ -725,7 +720,7 @@ class ReplayBuffer:
             return self.Batch(*whole, torch.full_like(first.rewards, self.gamma))
         index = (start.numpy()[:, None] + np.arange(n)) % self.size  # [B, n], never across the newest row
         names = "rewards", "dones", "truncations"
-        rewards, dones, truncations = (self.array[index, self.places[name].start] for name in names)  # each [B, n]
+        rewards, dones, truncations = (self.parts[name][index, 0] for name in names)  # each [B, n]
         going = (1 - np.maximum(dones, truncations)[:, :-1]).cumprod(1)  # [B, n - 1]: 1, then 0
         length = 1 + going.sum(1, keepdims=True)  # [B, 1]
         discounts = self.gamma ** np.arange(1, n, dtype=np.float32)
@@ -735,8 +730,8 @@ class ReplayBuffer:
         return self.Batch(first.observations, first.actions, last.next_observations, rewards, last.dones, discounts)
 
     def state_dict(self) -> dict:
-        mine = {k: x for k, x in vars(self).items() if k not in ("array", "places") and not isinstance(x, CODE)}
-        return mine | {"rows": torch.from_numpy(self.array[: self.added])}  # without the empty part
+        mine = {name: x for name, x in vars(self).items() if name != "parts" and not isinstance(x, CODE)}
+        return mine | {"rows": torch.from_numpy(self.rows.numpy()[: self.added])}  # without the empty part
 
     def load_state_dict(self, state: dict) -> None:
         rows = state.pop("rows")
@@ -951,12 +946,7 @@ def evaluate_run(args: "Args") -> int:
 def make_adam(parameters, **options) -> optim.Adam:
     """Adam in one fused call, which does not tell autograd that it changed the parameters: the hook does."""
     optimizer = optim.Adam(parameters, fused=True, **options)
-
-    def changed(*_) -> None:
-        for group in optimizer.param_groups:
-            torch.autograd.graph.increment_version(group["params"])
-
-    optimizer.register_step_post_hook(changed)
+    optimizer.register_step_post_hook(lambda adam, *_: torch.autograd.graph.increment_version(held(adam)))
     return optimizer
 
 
@@ -998,7 +988,7 @@ def save_model(path: Path, agent: "Agent", rb: "ReplayBuffer") -> None:
         if len({key.removeprefix("net.") for key in net.state_dict()}) < len(net.state_dict()):
             raise ValueError(f"model.pt drops `net.`: {name} has tensors of one name then, inside and outside of it")
     content = {name: {key: x.cpu() for key, x in plain_state(net).items()} for name, net in networks.items()}
-    observations = rb.rows[:16, rb.places["observations"]].clone()
+    observations = torch.from_numpy(rb.parts["observations"][:16].copy())
     with evaluating(agent.actor):
         content["probe"] = [observations, torch.stack([act(agent.actor, obs) for obs in observations.numpy()])]
     write_atomic(path, lambda file: torch.save(content, file))

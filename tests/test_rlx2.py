@@ -251,7 +251,7 @@ def test_the_number_of_weights_never_changes(rlx2, topology):
 def windows_by_hand(rb, start, n, gamma):
     rewards, k = 0.0, 0
     while True:
-        row = {name: rb.array[(start + k) % rb.size, place] for name, place in rb.places.items()}
+        row = {name: part[(start + k) % rb.size] for name, part in rb.parts.items()}
         rewards += gamma**k * float(row["rewards"][0])
         k += 1
         if row["dones"][0] or row["truncations"][0] or k == n:
@@ -275,15 +275,14 @@ def test_multi_step_windows_against_a_loop(rlx2, n, full):
         assert data.rewards[i].item() == pytest.approx(rewards, rel=1e-5, abs=1e-6)
         assert data.discounts[i].item() == pytest.approx(discount, rel=1e-6)
         assert torch.equal(data.next_observations[i], torch.from_numpy(next_observations)) and data.dones[i] == done
-        row = rb.array[start % rb.size]
         for name in ("observations", "actions"):
-            assert torch.equal(getattr(data, name)[i], torch.from_numpy(row[rb.places[name]]))
-        last = rb.array[(start + k - 1) % rb.size]
+            assert torch.equal(getattr(data, name)[i], torch.from_numpy(rb.parts[name][start % rb.size]))
+        last = (start + k - 1) % rb.size
         lengths.add(k)
-        kinds.add((k, bool(last[rb.places["dones"]][0]), bool(last[rb.places["truncations"]][0])))
+        kinds.add((k, bool(rb.parts["dones"][last]), bool(rb.parts["truncations"][last])))
     assert lengths == set(range(1, n + 1)) and len(kinds) == 3 * n + 1  # each way to end
     if not full:  # fewer rows than steps: what is there
-        short = rlx2.ReplayBuffer(10, {k: s.stop - s.start for k, s in rb.places.items()}, "cpu", 0.5)
+        short = rlx2.ReplayBuffer(10, {k: part.shape[1] for k, part in rb.parts.items()}, "cpu", 0.5)
         short.add(rewards=1), short.add(rewards=2)
         data = short.sample(4, torch.Generator(), 3)
         assert (data.rewards == 2).all() and (data.discounts == 0.25).all()
