@@ -61,7 +61,7 @@ EDITS = {
             "        self.losses = {}  # of the last update",
             "        self.next_refresh, self.K = 50, 50\n        self.losses = {}  # of the last update",
         ),
-        ("state.update // K > previous // K", "state.update == state.next_refresh"),
+        ("state.update // K > before // K", "state.update == state.next_refresh"),
         (
             "                    refresh_masks(agent)\n",
             "                    refresh_masks(agent)\n"
