@@ -67,7 +67,7 @@ def test_the_means_in_prose_are_those_of_the_runs():
     studies = leads.sa.make_studies(leads.sa.load_all(leads.sa.find_folders(tuple(folders)))[0])[0]
     found = {study.setting["env_id"]: study.configurations for study in studies}
     readme, page = (" ".join((ROOT / path).read_text().split()) for path in ("README.md", "results/rlx2/README.md"))
-    start = readme.index("In three seeds of 1,000,000 steps")
+    start = readme.index("[1,000,000 steps, three seeds]")
     text = readme[start : readme.index("Three seeds are leads", start)]
     names = {
         "HalfCheetah-v5": "RLx2 (mean score {}); RigL ({}); static masks ({}); a dense network with about as many "

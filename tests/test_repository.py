@@ -209,7 +209,7 @@ def test_the_readme_s_numbers_are_those_of_the_results():
         and f"| {xeon['RLx2 96/88']} | | |" in page
     )
     assert f"(RLx2 there {float(xeon['RLx2 96/88']):.1f} times)" in README
-    columns = {"active": (0, "active parameters"), "final": (0, "final score iqm"), "minus": (0, "gain")}
+    columns = {"active": (0, "active parameters"), "final": (0, "final score iqm")}
     columns |= {"core": (0, "core minutes"), "stops": (1, "gain at equal core minutes")}
     columns |= {f"{x} %": (1, f"core minutes to {x} %") for x in (50, 90)}
     percents = {}
