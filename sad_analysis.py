@@ -793,12 +793,14 @@ def draw_interval(study: Study, resamples: int) -> Figure | None:
 
 
 def draw_returns(study: Study, resamples: int) -> Figure:
-    """5: learning curves over steps and CPU time (if not only dense's is known); three configurations at most a row."""
+    """5: learning curves over steps and CPU time (if not only dense's is known). Rows: a pattern's first configuration
+    with at most two of its others."""
     patterns = {}
     for c in study.configurations:
         patterns.setdefault(c.first.pattern.split()[-1], []).append(c)  # "RLx2 96/88" beside "SET 96/88"
     dense = patterns.pop("dense", [])
-    rows = [[*dense, *own[i : i + 3]] for own in patterns.values() for i in range(0, len(own), 3)] or [dense]
+    starts = [(own, i) for own in patterns.values() for i in range(1, max(2, len(own)), 2)]
+    rows = [[*dense, own[0], *own[i : i + 2]] for own, i in starts] or [dense]
     columns = 1 + any(study.timed[c] for row in rows for c in row[len(dense) :] or row)
     size = len(rows), columns, 1.4 + 2 * len(rows) + 0.08 * len(study.configurations)
     figure, axes = new_figure(f"Return of the noise-free policy: {study.name}", *size, sharex="col", sharey=True)
