@@ -793,14 +793,13 @@ def draw_interval(study: Study, resamples: int) -> Figure | None:
 
 
 def draw_returns(study: Study, resamples: int) -> Figure:
-    """5: learning curves over steps and CPU time (if not only dense's is known). Rows: a pattern's first configuration
-    with at most two of its others."""
+    """5: learning curves over steps and CPU time (if not only dense's is known)."""
     patterns = {}
     for c in study.configurations:
         patterns.setdefault(c.first.pattern.split()[-1], []).append(c)  # "RLx2 96/88" beside "SET 96/88"
     dense = patterns.pop("dense", [])
-    starts = [(own, i) for own in patterns.values() for i in range(1, max(2, len(own)), 2)]
-    rows = [[*dense, own[0], *own[i : i + 2]] for own, i in starts] or [dense]
+    rows = [(own, i) for own in patterns.values() for i in range(1, max(2, len(own)), 2)]  # its first and two others
+    rows = [[*dense, own[0], *own[i : i + 2]] for own, i in rows] or [dense]
     columns = 1 + any(study.timed[c] for row in rows for c in row[len(dense) :] or row)
     size = len(rows), columns, 1.4 + 2 * len(rows) + 0.08 * len(study.configurations)
     figure, axes = new_figure(f"Return of the noise-free policy: {study.name}", *size, sharex="col", sharey=True)
@@ -814,8 +813,8 @@ def draw_returns(study: Study, resamples: int) -> Figure:
                     clock = run.metrics["charts/cpu_time_s"].loc[curve.index] / 60
                     timed.append(pd.Series(np.interp(grid, clock, curve), grid))
                 band(panels[1], c, timed, resamples, scale=1)
-        few = max(len(c.runs) for c in row) < 4
-        panels[0].set_ylabel(f"evaluation return\n({'mean' if few else 'IQM, 95 % band'}; faint: seeds)")
+        kind = "IQM, 95 % band" if max(len(c.runs) for c in row) > 3 else "mean"
+        panels[0].set_ylabel(f"evaluation return\n({kind}; faint: seeds)")
         panels[0].yaxis.set_major_formatter("{x:,.0f}")
         panels[0].set_title(row[-1].first.pattern.split()[-1], loc="left")
     elsewhere = "; other seeds ran elsewhere" * any(len(runs) < len(c.runs) for c, runs in study.timed.items())
