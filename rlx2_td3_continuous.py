@@ -546,7 +546,7 @@ def train(args: Args) -> dict:
             if terminated or truncated:
                 row |= {"charts/episodic_return": info["episode"]["r"], "charts/episodic_length": info["episode"]["l"]}
             if global_step % 1000 == 0:
-                row |= {key: value.mean().item() for key, value in state.losses.items()} | run.speed(state)
+                row |= {key: (1.0 * x).mean().item() for key, x in state.losses.items()} | run.speed(state)
             if global_step % args.eval_interval == 0 or last:
                 row |= run.evaluate(agent.actor, eval_seeds, global_step)
                 state.evaluations.append([global_step, row["eval/episodic_return"]])
@@ -562,7 +562,7 @@ def train(args: Args) -> dict:
                     break
                 obs, _ = env.reset()
 
-        if state.global_step >= args.total_timesteps:
+        if state.global_step >= args.total_timesteps or not run.stop_signal:  # or a fork's own break
             write_files(run, state, agent, rb)
             run.finish(final_score(state.evaluations))
             if args.capture_video:
@@ -683,22 +683,23 @@ class ReplayBuffer:
     """Ring of the environment's steps in their order, one float32 row each; the oldest can be forgotten.
 
     columns: the width of each part of a row; what `take` returns has them as attributes [count, width], in their order.
+    `rows` and `parts` are one memory: change them in place.
     """
 
     def __init__(self, size: int, columns: dict[str, int], device: str, gamma: float):
         self.size, self.widths, self.device, self.gamma = size, list(columns.values()), device, gamma
         self.added = self.oldest = 0  # rows that ever came in, number of the oldest one that counts
         self.rows = torch.from_numpy(np.zeros((size, sum(self.widths)), np.float32))  # takes memory only as it fills
-        self.Rows, parts = namedtuple("Rows", columns), self.rows.split(self.widths, dim=1)
+        self.Rows = namedtuple("Rows", columns)
         self.Batch = namedtuple("Batch", "observations actions next_observations rewards dones discounts")
-        self.parts = {name: part.numpy() for name, part in zip(columns, parts, strict=True)}  # views of rows
+        self.parts = self.Rows(*(part.numpy() for part in self.rows.split(self.widths, dim=1)))  # views of rows
 
     def __len__(self) -> int:
         return self.added - self.oldest
 
     def add(self, **transition) -> None:
-        for name, value in transition.items():
-            self.parts[name][self.added % self.size] = value
+        for part, value in zip(self.parts, self.Rows(**transition), strict=True):
+            part[self.added % self.size] = value
         self.added += 1
         self.oldest = max(self.oldest, self.added - self.size)
 
@@ -719,8 +720,8 @@ class ReplayBuffer:
             whole = (getattr(first, name) for name in self.Batch._fields[:-1])
             return self.Batch(*whole, torch.full_like(first.rewards, self.gamma))
         index = (start.numpy()[:, None] + np.arange(n)) % self.size  # [B, n], never across the newest row
-        names = "rewards", "dones", "truncations"
-        rewards, dones, truncations = (self.parts[name][index, 0] for name in names)  # each [B, n]
+        parts = self.parts.rewards, self.parts.dones, self.parts.truncations
+        rewards, dones, truncations = (part[index, 0] for part in parts)  # each [B, n]
         going = (1 - np.maximum(dones, truncations)[:, :-1]).cumprod(1)  # [B, n - 1]: 1, then 0
         length = 1 + going.sum(1, keepdims=True)  # [B, 1]
         discounts = self.gamma ** np.arange(1, n, dtype=np.float32)
@@ -988,7 +989,7 @@ def save_model(path: Path, agent: "Agent", rb: "ReplayBuffer") -> None:
         if len({key.removeprefix("net.") for key in net.state_dict()}) < len(net.state_dict()):
             raise ValueError(f"model.pt drops `net.`: {name} has tensors of one name then, inside and outside of it")
     content = {name: {key: x.cpu() for key, x in plain_state(net).items()} for name, net in networks.items()}
-    observations = torch.from_numpy(rb.parts["observations"][:16].copy())
+    observations = torch.from_numpy(rb.parts.observations[:16].copy())
     with evaluating(agent.actor):
         content["probe"] = [observations, torch.stack([act(agent.actor, obs) for obs in observations.numpy()])]
     write_atomic(path, lambda file: torch.save(content, file))
@@ -1306,6 +1307,9 @@ def unpack(packed: dict, things: dict[str, dict]) -> None:
         saved = packed["parts"][place]
         memo[id(saved)] = part
         part.load_state_dict(saved["state_dict"])
+        if isinstance(part, optim.Optimizer):  # as it was: load_state_dict casts it to the dtype of the parameter
+            state = saved["state_dict"]["state"]
+            part.state.update({param: state[i] for i, param in enumerate(held(part)) if i in state})
         for module, plain in zip(part.modules() if saved["plain"] else [], saved["plain"], strict=True):
             vars(module).update(plain)
         for tensor, old, grad in zip(held(part), saved["held"], saved["grads"], strict=True):

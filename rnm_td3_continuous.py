@@ -429,7 +429,7 @@ def train(args: Args) -> dict:
             if terminated or truncated:
                 row |= {"charts/episodic_return": info["episode"]["r"], "charts/episodic_length": info["episode"]["l"]}
             if global_step % 1000 == 0:
-                row |= {key: value.mean().item() for key, value in state.losses.items()} | run.speed(state)
+                row |= {key: (1.0 * x).mean().item() for key, x in state.losses.items()} | run.speed(state)
             if global_step % args.eval_interval == 0 or last:
                 row |= run.evaluate(agent.actor, eval_seeds, global_step)
                 state.evaluations.append([global_step, row["eval/episodic_return"]])
@@ -452,7 +452,7 @@ def train(args: Args) -> dict:
                     break
                 obs, _ = env.reset()
 
-        if state.global_step >= args.total_timesteps:
+        if state.global_step >= args.total_timesteps or not run.stop_signal:  # or a fork's own break
             write_files(run, state, agent, rb)
             run.finish(final_score(state.evaluations))
             if args.capture_video:
@@ -530,18 +530,19 @@ def write_files(run: "Run", state: State, agent: Agent, rb: "ReplayBuffer") -> N
 class ReplayBuffer:
     """Ring of transitions, one float32 row each, so that a batch is a single gather; sampled with replacement.
 
-    columns: the width of each part of a row; a batch has them as attributes [B, width], in their order.
+    columns: the width of each part of a row; a batch has them as attributes [B, width], in their order. `rows` and
+    `parts` are one memory: change them in place.
     """
 
     def __init__(self, size: int, columns: dict[str, int], device: str):
         self.size, self.widths, self.device, self.added = size, list(columns.values()), device, 0
         self.rows = torch.from_numpy(np.zeros((size, sum(self.widths)), np.float32))  # takes memory only as it fills
-        self.Batch, parts = namedtuple("Batch", columns), self.rows.split(self.widths, dim=1)
-        self.parts = {name: part.numpy() for name, part in zip(columns, parts, strict=True)}  # views of rows
+        self.Batch = namedtuple("Batch", columns)
+        self.parts = self.Batch(*(part.numpy() for part in self.rows.split(self.widths, dim=1)))  # views of rows
 
     def add(self, **transition) -> None:
-        for name, value in transition.items():
-            self.parts[name][self.added % self.size] = value
+        for part, value in zip(self.parts, self.Batch(**transition), strict=True):
+            part[self.added % self.size] = value
         self.added += 1
 
     def sample(self, batch_size: int, generator: torch.Generator):
@@ -808,7 +809,7 @@ def save_model(path: Path, agent: "Agent", rb: "ReplayBuffer") -> None:
         if len({key.removeprefix("net.") for key in net.state_dict()}) < len(net.state_dict()):
             raise ValueError(f"model.pt drops `net.`: {name} has tensors of one name then, inside and outside of it")
     content = {name: {key: x.cpu() for key, x in plain_state(net).items()} for name, net in networks.items()}
-    observations = torch.from_numpy(rb.parts["observations"][:16].copy())
+    observations = torch.from_numpy(rb.parts.observations[:16].copy())
     with evaluating(agent.actor):
         content["probe"] = [observations, torch.stack([act(agent.actor, obs) for obs in observations.numpy()])]
     write_atomic(path, lambda file: torch.save(content, file))
@@ -1126,6 +1127,9 @@ def unpack(packed: dict, things: dict[str, dict]) -> None:
         saved = packed["parts"][place]
         memo[id(saved)] = part
         part.load_state_dict(saved["state_dict"])
+        if isinstance(part, optim.Optimizer):  # as it was: load_state_dict casts it to the dtype of the parameter
+            state = saved["state_dict"]["state"]
+            part.state.update({param: state[i] for i, param in enumerate(held(part)) if i in state})
         for module, plain in zip(part.modules() if saved["plain"] else [], saved["plain"], strict=True):
             vars(module).update(plain)
         for tensor, old, grad in zip(held(part), saved["held"], saved["grads"], strict=True):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn as nn
-from conftest import ROOT, SMALL, assert_same_run, load, stop_at
+from conftest import ROOT, SMALL, assert_same_run, load, read_rows, stop_at
 
 
 def finish(module, monkeypatch, folder, stop=300, **settings):
@@ -115,6 +115,8 @@ def test_values_come_back_as_they_were(dense):
     then["alphas"][0].requires_grad_(False)
     then["net"].weight.grad, then["alphas"][0].grad = torch.full((1, 2), 3.0), torch.full((2,), 4.0)  # not stepped yet
     then["net"].scale = np.float32(0.5)
+    held = {"step": torch.tensor(2.0), "wide": torch.full((2,), 0.1, dtype=torch.float64), "on": torch.ones(2) > 0}
+    then["adam"].state[then["alphas"][0]] = held
     now = make()
     net, alpha = now["net"], now["alphas"][0]
     then["priorities"] = np.ones(3)
@@ -126,6 +128,9 @@ def test_values_come_back_as_they_were(dense):
     assert net.weight.grad.tolist() == [[3, 3]] and alpha.grad.tolist() == [4, 4]
     assert now["alphas"][0] is now["copy"] is now["adam"].param_groups[0]["params"][0] is alpha
     assert torch.equal(alpha, torch.full((2,), 5.0)) and not alpha.requires_grad and now["alphas"][1] == 1
+    state = now["adam"].state[alpha]  # torch's own load_state_dict makes float32 of these
+    assert state.keys() == held.keys() and all(state[x].dtype is held[x].dtype for x in held)
+    assert all(torch.equal(state[x], held[x]) for x in held)
     assert torch.equal(now["plain"], torch.ones(3, dtype=torch.float64)) and now["new"] == [{"b": 1}]
     assert now["fun"] is torch.relu and torch.equal(now["loss"], torch.zeros(2)) and not now["loss"].requires_grad
     assert type(now["ordered"]) is OrderedDict and now["ordered"]["alpha"] is alpha
@@ -249,6 +254,28 @@ def test_a_network_that_is_replaced_is_the_network(name, kernel, tmp_path, monke
     assert [net.online for net in agent.networks][1:] == [agent.qf1, agent.qf2]
     assert not torch.equal(changes[0][2], changes[1][2])
     assert type(agent.qf1.net) is (script.FusedSequential if kernel == "nm" else nn.Sequential)
+
+
+def test_a_run_that_leaves_its_loop_early_is_one_of_as_many_steps(twin, small, tmp_path):
+    text, at = (ROOT / f"{twin.__name__}.py").read_text(), "                run.log(global_step, row)\n"
+    assert text.count(at) == 1
+    (tmp_path / "fork.py").write_text(
+        text.replace(at, f"{at}            if global_step == 250:\n                break\n")
+    )
+    fork = load(tmp_path / "fork.py")
+    early, whole = fork.train(small(fork)), twin.train(small(twin, total_timesteps=250))
+    assert early["exit_reason"] == "finished" and early["final_score"] == whole["final_score"]
+    assert_same_run(early["run_dir"], whole["run_dir"])
+
+
+def test_numbers_of_any_type_are_logged(script, small, monkeypatch):
+    update, columns = script.update_agent, script.metric_columns
+    added = {"losses/zeros": torch.tensor([3, 4]), "losses/is_late": torch.tensor(True)}
+    monkeypatch.setattr(script, "update_agent", lambda *a: update(*a) | added)
+    monkeypatch.setattr(script, "metric_columns", lambda *a: [*columns(*a), *added])
+    run = script.train(small(script, total_timesteps=1000, learning_starts=995, eval_interval=1000))["run_dir"]
+    row = next(row for row in read_rows(run) if row["losses/zeros"])
+    assert (row["global_step"], row["losses/zeros"], row["losses/is_late"]) == ("1000", "3.5", "1.0")
 
 
 def test_sampled_actions_are_seeded_and_come_back(tmp_path, monkeypatch):
@@ -396,10 +423,15 @@ def test_blocks_that_are_no_block_are_an_error(mst, monkeypatch):
 def test_a_column_more_in_the_middle_shifts_none(rlx2, nstep):
     columns = {"observations": 2, "actions": 1, "costs": 1, "next_observations": 2, "rewards": 1, "dones": 1}
     rb = rlx2.ReplayBuffer(10, columns | {"truncations": 1, "policy_actions": 1}, "cpu", 0.9)
+    row = {"rewards": 1, "dones": 0, "truncations": 0, "policy_actions": 0}
     for i in range(6):
-        rb.add(
-            observations=[i, i], actions=i, costs=7, next_observations=[i + 1, i + 1], rewards=1, dones=0, truncations=0
-        )
+        row |= {"observations": [i, i], "next_observations": [i + 1, i + 1], "actions": i}
+        with pytest.raises(TypeError, match="'costs'"):
+            rb.add(**row)  # else it would keep what was there
+        rb.add(**row, costs=7)
+    with pytest.raises(AttributeError):
+        rb.parts.costs = rb.parts.costs / 7  # else this would be no part of the rows any more
+    assert rb.added == 6
     data = rb.sample(20, torch.Generator().manual_seed(1), nstep)
     assert not data.dones.any() and torch.equal(data.next_observations, data.observations + nstep)
     assert torch.allclose(data.rewards, torch.full((20, 1), sum(0.9**k for k in range(nstep))))

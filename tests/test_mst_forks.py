@@ -125,6 +125,23 @@ def test_one_relu_for_all_blocks_counts_in_each(mst):
     assert rows[0] == rows[1] and rows[0]["plasticity/qf1/dormant"] > rows[0]["plasticity/qf2/dormant"]
 
 
+def test_diagnostics_leave_a_replay_that_counts_its_batches_alone(mst, monkeypatch):
+    agent, args = agent_of(mst)
+    rb, sample = mst.ReplayBuffer(50, mst.transition_columns(spaces(11, 3)), "cpu"), mst.ReplayBuffer.sample
+    rb.add(**{key: x[0].numpy() for key, x in vars(batch(rows=1)).items()})
+    rb.beta, called = 0.4, []
+
+    def prioritized(rb, *args):
+        rb.beta += 0.1
+        called.append(rb)
+        return sample(rb, *args)
+
+    monkeypatch.setattr(mst.ReplayBuffer, "sample", prioritized)
+    state = mst.State()
+    state.ever = mst.get_masks(agent)
+    assert mst.diagnose(agent, rb, args, state, state.ever) and len(called) == 1 and rb.beta == 0.4
+
+
 def test_a_parametrized_layer_is_counted(mst):
     agent, _ = agent_of(mst)
     before = mst.model_stats(agent)

@@ -248,10 +248,14 @@ def test_the_number_of_weights_never_changes(rlx2, topology):
     )
 
 
+def add_part(rb, **known):
+    rb.add(**dict.fromkeys(rb.parts._fields, 0.0) | known)
+
+
 def windows_by_hand(rb, start, n, gamma):
     rewards, k = 0.0, 0
     while True:
-        row = {name: part[(start + k) % rb.size] for name, part in rb.parts.items()}
+        row = {name: part[(start + k) % rb.size] for name, part in rb.parts._asdict().items()}
         rewards += gamma**k * float(row["rewards"][0])
         k += 1
         if row["dones"][0] or row["truncations"][0] or k == n:
@@ -276,14 +280,14 @@ def test_multi_step_windows_against_a_loop(rlx2, n, full):
         assert data.discounts[i].item() == pytest.approx(discount, rel=1e-6)
         assert torch.equal(data.next_observations[i], torch.from_numpy(next_observations)) and data.dones[i] == done
         for name in ("observations", "actions"):
-            assert torch.equal(getattr(data, name)[i], torch.from_numpy(rb.parts[name][start % rb.size]))
+            assert torch.equal(getattr(data, name)[i], torch.from_numpy(getattr(rb.parts, name)[start % rb.size]))
         last = (start + k - 1) % rb.size
         lengths.add(k)
-        kinds.add((k, bool(rb.parts["dones"][last]), bool(rb.parts["truncations"][last])))
+        kinds.add((k, bool(rb.parts.dones[last]), bool(rb.parts.truncations[last])))
     assert lengths == set(range(1, n + 1)) and len(kinds) == 3 * n + 1  # each way to end
     if not full:  # fewer rows than steps: what is there
-        short = rlx2.ReplayBuffer(10, {k: part.shape[1] for k, part in rb.parts.items()}, "cpu", 0.5)
-        short.add(rewards=1), short.add(rewards=2)
+        short = rlx2.ReplayBuffer(10, {k: part.shape[1] for k, part in rb.parts._asdict().items()}, "cpu", 0.5)
+        add_part(short, rewards=1), add_part(short, rewards=2)
         data = short.sample(4, torch.Generator(), 3)
         assert (data.rewards == 2).all() and (data.discounts == 0.25).all()
 
@@ -307,7 +311,7 @@ def test_policy_distance_and_shrinking_by_hand(rlx2):
         rb = rlx2.ReplayBuffer(80, columns, "cpu", 0.99)
         for i in range(rows):
             obs = np.array([0.01 * i, 1.0, -1.0], np.float32)
-            rb.add(observations=obs, policy_actions=action(obs, i))
+            add_part(rb, observations=obs, policy_actions=action(obs, i))
         return rb
 
     def now(obs, _):
@@ -323,7 +327,7 @@ def test_policy_distance_and_shrinking_by_hand(rlx2):
     rb = filled(80, lambda _, i: bias + scale * torch.tensor([0.5, 0.0]) if i < 32 else bias + scale)
     assert rlx2.shrink_replay(rb, agent.actor, args)["replay/policy_distance"] == pytest.approx(0.5 * 1.25 / 2)
     assert rb.oldest == 8
-    rb.add(), rb.add()  # rows 80 and 81 go to places 0 and 1; the left end is already past them
+    add_part(rb), add_part(rb)  # rows 80 and 81 go to places 0 and 1; the left end is already past them
     assert rb.oldest == 8 and len(rb) == 74
     assert rlx2.shrink_replay(rb, agent.actor, args)["replay/policy_distance"] == pytest.approx(0.3125 * 24 / 32)
     assert rb.oldest == 8 + 7  # a tenth of what counts, not of all that came
