@@ -429,7 +429,7 @@ def train(args: Args) -> dict:
             if terminated or truncated:
                 row |= {"charts/episodic_return": info["episode"]["r"], "charts/episodic_length": info["episode"]["l"]}
             if global_step % 1000 == 0:
-                row |= {key: (1.0 * x).mean().item() for key, x in state.losses.items()} | run.speed(state)
+                row |= {key: (1.0 * x).mean().item() for key, x in state.losses.items()} | run.speed(state)  # ints, too
             if global_step % args.eval_interval == 0 or last:
                 row |= run.evaluate(agent.actor, eval_seeds, global_step)
                 state.evaluations.append([global_step, row["eval/episodic_return"]])

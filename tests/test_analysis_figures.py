@@ -45,6 +45,17 @@ def test_what_is_drawn_by_hand(tmp_path):
     assert len(sa.draw_returns(study, 200).axes) == 2  # but where it stands alone they are
 
 
+def test_each_row_of_curves_has_its_pattern_s_first(tmp_path):
+    make_run(tmp_path / "d", n=None)
+    for K in (1000, 100, 200, 300):
+        make_run(tmp_path / str(K), args={"mask_update_interval": K})
+    (study,), _, _ = load(tmp_path)
+    first, *others = [c.label for c in study.configurations[1:]]
+    rows = [ax.get_legend_handles_labels()[1] for ax in sa.draw_returns(study, 200).axes[::2]]
+    rows = [[label.partition(" (")[0] for label in row] for row in rows]
+    assert first == "1:4" and rows == [["dense", first, *others[:2]], ["dense", first, *others[2:]]]
+
+
 def test_time_to_a_return_by_hand(monkeypatch, capsys, tmp_path):
     """Evaluations rise to a run's score linearly; of dense's the last five have the mean 80."""
     make_run(tmp_path / "d", n=0)
