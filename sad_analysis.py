@@ -122,7 +122,7 @@ RLX2 |= {"buffer_check_interval": 10_000, "buffer_threshold": 0.2}  # of rlx2_td
 MST = {"mask_update_interval": 1000, "drop_fraction": 0.3, "mask_end": 0.8}
 IN_PATTERN = """n m topology nstep dynamic_buffer actor_sparsity critic_sparsity actor_regime critic_regime actor_nm
     critic_nm""".split()  # what a pattern names
-WORDS = {"mask_update_interval": "K = {}", "sparse_head": "sparse head", "hidden_dim": "width {}"}
+WORDS = {"mask_update_interval": "K = {:,}", "sparse_head": "sparse head", "hidden_dim": "width {}"}
 
 
 @dataclass
@@ -569,13 +569,18 @@ def configure(runs: list[Run]) -> tuple[list[Configuration], list[tuple[str, str
             replaced.append((old.name, f"same configuration and seed as the later {run.name}"))
         seeds[run.args["seed"]] = run
     groups = [(label, [seeds[seed] for seed in sorted(seeds)]) for label, seeds in found.items()]
-    groups.sort(key=lambda item: (place(item[1][0]), item[0]))
+    groups.sort(key=lambda item: (place(item[1][0]), in_words_and_numbers(item[0])))
     for label, group in groups:
         color = pattern_color(group[0].pattern)
         i = sum(pattern_color(c.first.pattern) == color for c in configurations) % 8
         look = {"color": shade(color, i), "linestyle": LINES[i]}
         configurations.append(Configuration(label, group, look, MARKERS[i]))
     return configurations, replaced
+
+
+def in_words_and_numbers(label: str) -> list[str | int]:
+    """A label as a key that sorts K = 500 before K = 1,000."""
+    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", label.replace(",", ""))]
 
 
 def place(run: Run) -> tuple[int, float]:
@@ -641,7 +646,10 @@ def shade(color: str, i: int) -> str:
 def new_figure(title: str, rows: int, columns: int, height: float, **options) -> tuple[Figure, np.ndarray]:
     figure = Figure(figsize=(max(7, 2.3 * columns), height), layout="constrained")
     figure.suptitle(textwrap.fill(title, 95), fontsize=10)
-    return figure, figure.subplots(rows, columns, squeeze=False, **options)
+    axes = figure.subplots(rows, columns, squeeze=False, **options)
+    for axis in (axis for ax in axes.flat for axis in (ax.xaxis, ax.yaxis)):
+        axis.set_major_formatter("{x:,g}")
+    return figure, axes
 
 
 def add_legend(figure: Figure) -> Figure:
@@ -815,7 +823,6 @@ def draw_returns(study: Study, resamples: int) -> Figure:
                 band(panels[1], c, timed, resamples, scale=1)
         kind = "IQM, 95 % band" if max(len(c.runs) for c in row) > 3 else "mean"
         panels[0].set_ylabel(f"evaluation return\n({kind}; faint: seeds)")
-        panels[0].yaxis.set_major_formatter("{x:,.0f}")
         panels[0].set_title(row[-1].first.pattern.split()[-1], loc="left")
     elsewhere = "; other seeds ran elsewhere" * any(len(runs) < len(c.runs) for c, runs in study.timed.items())
     minutes = "core minutes of training (CPU time, no evaluations), to the first seed's end, on "

@@ -129,7 +129,7 @@ def test_topologies_without_structure_beside_nm(dense, rnm, rlx2, small, monkeyp
     (study,), _, _ = load(tmp_path / "runs")
     labels = [c.label for c in study.configurations]
     assert labels[:4] == ["dense", "dense, as many weights as 70/60", "dense, width 10", "1:8, K = 100"]
-    family = ["RLx2 70/60", "RLx2 70/60, K = 20", "RigL + n = 3 70/60", "RigL 70/60", "SET 70/60", "static 70/60"]
+    family = ["RLx2 70/60", "RLx2 70/60, K = 20", "RigL 70/60", "RigL + n = 3 70/60", "SET 70/60", "static 70/60"]
     assert labels[4:] == family and all(study.dense(c).label == "dense" for c in study.configurations)
     assert study.plain("RLx2 70/60", 16).label == "RLx2 70/60"
     looks = [(c.look["color"], str(c.look["linestyle"])) for c in study.configurations]

@@ -157,11 +157,19 @@ def test_references_of_other_widths(tmp_path):
         "dense": "dense",
         "dense, width 86": "dense",
         "1:4": "dense",
-        "1:4, K = 10000, width 86": "dense, width 86",
+        "1:4, K = 10,000, width 86": "dense, width 86",
     }
     shutil.rmtree(tmp_path / "wide")
     (study,), _, _ = load(tmp_path)
     assert [c.label for c in study.configurations if not study.dense(c)] == ["dense, width 86", "1:4"]
+
+
+def test_labels_sort_by_number(tmp_path):
+    for K in (10_000, 500, 1000, 0, 100):
+        make_run(tmp_path / f"every{K}", args={"mask_update_interval": K})
+    (study,), _, _ = load(tmp_path)
+    names = ["1:4", "1:4, K = 100", "1:4, K = 500", "1:4, K = 10,000", "1:4, static masks"]  # 1,000 is the default
+    assert [c.label for c in study.configurations] == names
 
 
 def test_a_third_critic_has_panels_and_columns(monkeypatch, capsys, tmp_path):

@@ -18,7 +18,7 @@ SOME = np.array([10, 20, 30, 20, 10])
 
 def study(env="HalfCheetah-v5", drop=(), **scores):
     """Of fake runs, by label, but for `drop`, (label, seed); their settled SAD falls as the score rises."""
-    named = {"1:8, K = 100": "often", "1:8, K = 10000": "rarely", "2:4": "half", "1:4": "quarter", "1:8": "eighth"}
+    named = {"1:8, K = 100": "often", "1:8, K = 10,000": "rarely", "2:4": "half", "1:4": "quarter", "1:8": "eighth"}
     found = []
     for label, key in {"dense": "dense", **named}.items():
         if key in scores:

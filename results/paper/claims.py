@@ -15,7 +15,7 @@ import sad_analysis as sa  # noqa: E402
 
 SEEDS, RESAMPLES = 5, 2000
 ENVIRONMENTS = "HalfCheetah-v5", "Ant-v5"
-MOVING = {"HalfCheetah-v5": ("2:4", "1:4", "1:8", "1:8, K = 100", "1:8, K = 10000"), "Ant-v5": ("2:4", "1:4", "1:8")}
+MOVING = {"HalfCheetah-v5": ("2:4", "1:4", "1:8", "1:8, K = 100", "1:8, K = 10,000"), "Ant-v5": ("2:4", "1:4", "1:8")}
 NOTHING = {}, 0, ""  # an estimate of sa.estimate("x", ...), its number of seeds, what it was made of
 
 
@@ -76,7 +76,7 @@ def claims(studies: dict) -> list[list[str]]:
     half = [(env, "2:4 minus dense", difference(study, "2:4", "dense")) for env, study in two]
     quarter = [(env, "1:4 minus dense", difference(study, "1:4", "dense")) for env, study in two]
     share = [(env, "1:8 over dense", difference(study, "1:8", "dense", as_ratio=True)) for env, study in two]
-    rarer = [("10,000", "1:8, K = 10000", "1,000", "1:8"), ("1,000", "1:8", "100", "1:8, K = 100")]
+    rarer = [("10,000", "1:8, K = 10,000", "1,000", "1:8"), ("1,000", "1:8", "100", "1:8, K = 100")]
     rarer = [(ENVIRONMENTS[0], f"K = {K} minus K = {k}", difference(one, a, b)) for K, a, k, b in rarer]
     stable = [(env, "rank correlation of settled SAD and score", correlation(x, MOVING[env])) for env, x in two]
     rows = []
