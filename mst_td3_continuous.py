@@ -15,8 +15,8 @@
 Train with `python mst_td3_continuous.py --env-id Humanoid-v5`, go on with --resume runs/<run_name>, measure a trained
 policy with --evaluate runs/<run_name>. Controls: --critic-regime static (static in both), and --actor-regime dense
 --critic-regime dense (SimBa alone). Decisions, where the paper's text is not known or leaves them open:
-  M1  The embedding counts as the encoder. It is dense, as is the head: a sparse one loses features. Sparsity is that of
-      the layers in the blocks, which Erdos-Renyi treats alike: all are d x 4 d.
+  M1  The embedding counts as the encoder (MST's learns apart, to predict). It is dense, as is the head: a sparse one
+      loses features. Sparsity is that of the blocks' layers, which Erdos-Renyi treats alike: all are d x 4 d.
   M2  First masks are random with an exact count (the sibling paper's code draws each weight), the twin critics' apart;
       N:M: N random ones in each group. What is left keeps its initial size.
   M3  Masks change every 1,000 of a module's own updates until 80 % of training (as in Graesser et al.'s SAC; MST's
@@ -24,7 +24,7 @@ policy with --evaluate runs/<run_name>. Controls: --critic-regime static (static
   M4  A change, by the gradient of one batch, takes the place of that update's AdamW step. What was just dropped may
       return with its value and moments, all else grows from zero with zero moments, as in RigL's code; the step count
       goes on, so that a grown weight first moves by several learning rates. At 1e-4 it stays much smaller than what
-      the next change drops (results/mst/README.md).
+      the next change drops; at 3e-4 less so (results/mst/README.md).
   M5  N:M: one swap in a group at most, in the groups with the smallest weights. RigL that holds to N:M both in what it
       keeps and in what it grows, as JaxPruner's, never changes a mask. So zeta is at most 1/N.
   M6  Targets always have the online masks, so that they are N:M, too.

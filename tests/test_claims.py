@@ -116,22 +116,26 @@ def test_the_page_has_the_table_of_its_runs(capsys):
 
 
 def test_the_readme_on_acting_and_on_another_cpu():
-    """An action's time over dense's on the Zen 4; 1:8 minus dense, had the CPU time been as on the Xeon."""
+    """An action over dense's on the Zen 4; 1:8 minus dense, had the CPU time been as on the Xeon; 2:4 over dense"""
     readme = " ".join((ROOT / "README.md").read_text().split())
     runs = claims.sa.load_all(claims.sa.find_folders((str(ROOT / "results/paper"),)))[0]
     times = [run.meta["hardware_report"] for run in runs if run.meta["n"] and "AMD" in run.machine]
     times = [row["hardware/actor_us"] / row["hardware/actor_us_dense"] for row in times]
     assert len(times) == 18 and f"takes {min(times):.1f} to {max(times):.1f} times as long as dense's" in readme
     xeon = (ROOT / "results/end_to_end_xeon/summary.md").read_text()
-    gain, found = float(re.search(r"\| 1:8 +\|.* ([\d.]+) \|", xeon)[1]), {}
+    gain, found, shares = float(re.search(r"\| 1:8 +\|.* ([\d.]+) \|", xeon)[1]), {}, []
     for env, part in claims.by_environment(claims.sa.make_studies(runs)[0]).items():
         dense, own = ({run.args["seed"]: run for run in part.plain(name, 256).runs} for name in ("dense", "1:8"))
         stopped = {i: claims.sa.score_within(dense[i], dense[i].minutes / gain) for i in (1, 2, 3)}
         found[env] = [own[i].meta["final_score"] - stopped[i] for i in (1, 2, 3)]
+        half = {run.args["seed"]: run.meta["final_score"] for run in part.plain("2:4", 256).runs}
+        shares += [half[i] / dense[i].meta["final_score"] for i in (1, 2, 3)]
     below = -np.mean(found["HalfCheetah-v5"])
     assert f"some {round(below, -2):,.0f} below dense on HalfCheetah" in readme
     assert (np.array(found["HalfCheetah-v5"]) < 0).all() and (np.array(found["Ant-v5"]) > 0).sum() == 1
     assert "and ahead on Ant in one seed of three" in readme
+    assert f"(by seed {100 * min(shares):.0f} to {100 * max(shares):.0f} %)" in readme
+    assert f"and returns {min(shares):.2f} to {max(shares):.2f} of its score" in readme
 
 
 def test_halfcheetah_v4_and_v5_are_one_task():
