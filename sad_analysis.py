@@ -120,8 +120,9 @@ DEFAULTS = {"mask_update_interval": 1000, "sparse_head": False, "hidden_dim": 25
 RLX2 = {"mask_update_interval": 10_000, "drop_fraction": 0.5, "delay_nstep": 300_000, "buffer_min_size": 100_000}
 RLX2 |= {"buffer_check_interval": 10_000, "buffer_threshold": 0.2}  # of rlx2_td3_continuous.py
 MST = {"mask_update_interval": 1000, "drop_fraction": 0.3, "mask_end": 0.8}
-IN_PATTERN = """n m topology nstep dynamic_buffer actor_sparsity critic_sparsity actor_regime critic_regime actor_nm
-    critic_nm""".split()  # what a pattern names
+# What a pattern names: of RLx2, which has --topology, and of MST, which has --critic-regime.
+IN_PATTERN = {"topology": "topology nstep dynamic_buffer actor_sparsity critic_sparsity".split()}
+IN_PATTERN["critic_regime"] = [f"{net}_{key}" for net in ("actor", "critic") for key in ("regime", "sparsity", "nm")]
 WORDS = {"mask_update_interval": "K = {:,}", "sparse_head": "sparse head", "hidden_dim": "width {}"}
 
 
@@ -210,6 +211,9 @@ def load_run(folder: Path) -> Run:
     if metrics.index[-1] != args["total_timesteps"]:
         raise UserError(f"damaged: metrics.csv ends at step {metrics.index[-1]} of {args['total_timesteps']}")
     evaluations = metrics["eval/episodic_return"].dropna()
+    every = args.get("eval_interval", args["total_timesteps"])
+    if missing := {*range(0, args["total_timesteps"], every)} - {*evaluations.index}:
+        raise UserError(f"damaged: metrics.csv has no evaluation at step {min(missing)}")
     score = final_score([list(pair) for pair in evaluations[evaluations.index > 0].items()])
     if not math.isclose(score, meta["final_score"], rel_tol=1e-9, abs_tol=1e-9):
         raise UserError(f"damaged: final score {meta['final_score']} in meta.json, {score} in metrics.csv")
@@ -298,7 +302,8 @@ def fetch_wandb(entity: str, project: str, folder: Path) -> list[tuple[str, str]
             if "meta.json" not in names:
                 raise UserError("it has no meta.json, so it has not ended")
             rows = pd.DataFrame(run.scan_history())
-            rows[[key for key in rows if not key.startswith("_")]].to_csv(target / "metrics.csv", index=False)
+            rows = rows[[key for key in rows if not key.startswith("_")]].apply(pd.to_numeric, errors="coerce")
+            rows.to_csv(target / "metrics.csv", index=False)  # without videos
             for name in sorted(names):  # meta.json, which makes it a run, at last
                 run.file(name).download(root=str(target), replace=True)
         except Exception as error:  # of the network, or of a run of another kind
@@ -321,7 +326,8 @@ def thin_run(run: Run, out: Path, window: float) -> None:
     if run.masks:
         steps = run.curves.index
         starts = [before_end(steps, back) for back in (window, 0.1 * run.args["total_timesteps"])]
-        snapshots = np.union1d(evenly(len(steps), 40), starts)
+        settled = [first_settled(E) for E in run.masks.values()]
+        snapshots = np.union1d(evenly(len(steps), 40), [*starts, *settled, *(i - 1 for i in settled if i)])
         arrays = {net: E.iloc[snapshots, snapshots] for net, E in run.masks.items()} | dict(run.curves.iloc[snapshots])
         np.savez_compressed(target / "sad.npz", global_step=steps[snapshots], rowwise=run.rowwise, **arrays)
     run.metrics.loc[kept].to_csv(target / "metrics.csv", float_format="%.12g")
@@ -344,7 +350,8 @@ def ever_and_age(E: np.ndarray, steps: np.ndarray) -> np.ndarray:
     """[3, S] of masks E [S, weights]: share ever active; mean age of the active in steps, at most and at least.
 
     Snapshots miss what comes and goes between them. So the share is a lower bound, and a weight that was inactive at
-    one snapshot and is active at the next has been so since the former at most, and since the latter at least.
+    one snapshot and is active at the next has been so since the former at most, and since the latter at least, if it
+    did not leave and return later on.
     """
     E = E.astype(bool)
     after = np.full(E.shape[1], steps[0], dtype=np.float32)
@@ -357,14 +364,19 @@ def ever_and_age(E: np.ndarray, steps: np.ndarray) -> np.ndarray:
     return np.array(found).T
 
 
-def settled_step(pairwise: pd.DataFrame, threshold: float = 0.1) -> float:
-    """First snapshot from which on all are within `threshold` (SAD) of the final mask; inf if only the last one is.
+def first_settled(pairwise: pd.DataFrame, threshold: float = 0.1) -> int:
+    """Index of the snapshot from which on all are within `threshold` (SAD) of the final mask."""
+    far = np.flatnonzero(pairwise.iloc[:, -1] >= threshold)
+    return int(far[-1]) + 1 if len(far) else 0
+
+
+def settled_step(pairwise: pd.DataFrame) -> float:
+    """Environment step of first_settled; inf if only the last snapshot is.
 
     In the spirit of Early-Bird tickets (You et al., arXiv 1909.11957), which end a search when masks of five epochs
     differ by less than 0.1 of all weights. A mask that drifts for ever comes near its final state too.
     """
-    far = np.flatnonzero(pairwise.iloc[:, -1] >= threshold)
-    first = far[-1] + 1 if len(far) else 0
+    first = first_settled(pairwise)
     return math.inf if first == len(pairwise) - 1 > 0 else float(pairwise.index[first])
 
 
@@ -393,10 +405,12 @@ def time_to(run: Run, score: float) -> tuple[float, float]:
 
 
 def score_within(run: Run, minutes: float) -> float:
-    """The final score, had the run been stopped after so many core minutes; NaN if no evaluation came before."""
-    clock = run.curve("charts/cpu_time_s").drop(0, errors="ignore") / 60
-    returns = run.curve("eval/episodic_return").reindex(clock.index[clock <= minutes]).dropna()
-    return final_score([*returns.items()]) if len(returns) else math.nan
+    """The score, had the run been stopped after so many core minutes: of as large a share of its evaluations as a final
+    score is of all (of a rising curve the mean of more lags behind). NaN if no evaluation came before."""
+    returns = run.curve("eval/episodic_return").drop(0, errors="ignore")
+    share = min(10, (len(returns) + 1) // 2) / len(returns)  # as in final_score
+    returns = returns[run.curve("charts/cpu_time_s").reindex(returns.index) / 60 <= minutes]
+    return statistics.fmean(returns[-max(1, round(share * len(returns))) :]) if len(returns) else math.nan
 
 
 def flops_per_update(meta: dict) -> float:
@@ -485,7 +499,8 @@ class Study:
     def __post_init__(self):
         self.moving = [c for c in self.configurations if c.moving]
         # Whose minutes compare: most runs of a configuration, on the machine on which most of dense's ran, one kernel.
-        self.machine = Counter(run.machine for run in self.configurations[0].runs).most_common(1)[0][0]
+        dense = self.plain("dense", DEFAULTS["hidden_dim"]) or self.configurations[0]
+        self.machine = Counter(run.machine for run in dense.runs).most_common(1)[0][0]
         self.timed = {c: [run for run in c.runs if run.machine == self.machine] for c in self.configurations}
         for c, runs in self.timed.items():
             few = len(runs) <= len(c.runs) / 2
@@ -515,11 +530,13 @@ class Study:
 def method_words(run: Run) -> dict[str, str]:
     """Argument -> its name in a label, of all that tell configurations apart and are not at their default."""
     words, defaults = {}, DEFAULTS | (RLX2 if "topology" in run.args else MST if "critic_regime" in run.args else {})
+    method = next((key for key in IN_PATTERN if key in run.args), None)
+    named = {"n", "m", *SETTING, *NEUTRAL, *IN_PATTERN.get(method, ())}
+    if method and run.pattern == "dense":
+        named |= {*MST}  # of masks, which it has not
     for name in dict.fromkeys([*WORDS, *run.args]):
         value = run.args.get(name)
-        if name in MST and run.pattern == "dense":
-            continue  # of masks, which it has not
-        if name not in (*SETTING, *NEUTRAL, *IN_PATTERN) and value not in (None, defaults.get(name)):
+        if name not in named and value not in (None, defaults.get(name)):
             words[name] = WORDS.get(name, f"{name} {{}}").format(value)
     if words.get("mask_update_interval") == "K = 0":
         words["mask_update_interval"] = "static masks"
@@ -558,7 +575,7 @@ def configure(runs: list[Run]) -> tuple[list[Configuration], list[tuple[str, str
     twins, codes, found, replaced, configurations = dense_twins(runs), {}, {}, [], []
     for run in runs:
         codes.setdefault((run.meta["script"], run.fork), set()).add(run.code)
-    for run in sorted(runs, key=lambda run: run.meta["start"]):
+    for run in sorted(runs, key=lambda run: pd.Timestamp(run.meta["start"]).timestamp()):
         words = method_words(run)
         if run.pattern == "dense" and not run.fork and run.width in twins:
             words["hidden_dim"] = twins[run.width]
@@ -859,15 +876,16 @@ they are too narrow: they hold the mean of three in about 75 %, of five in about
 comparisons. The IQM of up to three seeds is their mean. Each configuration is compared with the dense script's and
 with its pattern's default one; of several codes of those, with the one that has the most seeds. Of dense: the ratio of
 the IQMs of all seeds, where every dense run scored above zero. Gain: mean difference of the scores of equal seeds (in
-pairs). P better: probability that a run scores more than a dense one. Core minutes: CPU time of training, median of the
+pairs). P better: probability that a run scores more than a dense one (at 0 and 1 its interval says nothing). Skipped
+runs, those that diverged among them, are in no mean. Core minutes: CPU time of training, median of the
 seeds that ran on the kind of CPU (with as many threads) on which most of dense's did, if they are more than half; "Ran
 on" tells where the others ran. Settled SAD: mean over seeds. Settled step: from there on the mask is within 10 % of the
 final one, at the latest (median; inf: only the final mask is).
 """
-TIMES = """Steps and core minutes until an evaluation first returned 50, 75, 90 % of dense's score: of the seed in the
-middle (of two, the slower one; another seed in each column); inf: half of them or more never did. Gain at equal core
-minutes: as gain, but each dense run stopped when it had used as much CPU time as the whole run of the same seed. Other
-work on the machine adds to core minutes."""
+TIMES = """Steps and core minutes until an evaluation first returned 50, 75, 90 % of dense's score: medians (of an even
+number the higher one); inf: half of the seeds or more never did. Gain at equal core minutes: as gain, but of the two
+runs of a seed the one that used more CPU time is stopped when it had used as much as the other; its score is of as
+large a share of its evaluations. Other work on the machine adds to core minutes."""
 # Columns that the first table leaves out.
 HIDDEN = f"setting|script|exp_name|n|m|kernel|.*_low|.*_high|.*_to_..|gain_at_.*|{'|'.join(DEFAULTS)}"
 COLUMNS = "dense of_dense gain gain_pairs p_better default default_gain default_gain_pairs".split()
@@ -894,7 +912,7 @@ def correlation_texts(study: Study, resamples: int) -> list[str]:
     if len(groups) > 1:
         groups["all"] = [*itertools.chain(*groups.values())]
     for name, found in groups.items():
-        found = [pairs for pairs in found if len(pairs) > 1 and (np.ptp(pairs, axis=0) > 0).all()]
+        found = [pairs for pairs in found if len(pairs) > 2 and (np.ptp(pairs, axis=0) > 0).all()]
         total = sum(map(len, found))
         text = f"{name}: {count(total, 'run')} with different SAD, too few to correlate"
         if total >= 3:
@@ -907,13 +925,16 @@ def correlation_texts(study: Study, resamples: int) -> list[str]:
 
 
 def paired_difference(key: str, c: Configuration, other: Configuration, resamples: int, stop=False) -> dict[str, float]:
-    """Mean difference of the scores of equal seeds, with its interval and the number of pairs; with `stop` the other
-    run of a pair ends when it has used as much CPU time as this one did."""
+    """Mean difference of the scores of equal seeds, with its interval and the number of pairs; with `stop` both runs of
+    a pair end when they have used as much CPU time as the one that used less."""
     seeds = ([run.args["seed"] for run in one.runs] for one in (c, other))
     _, own, others = np.intersect1d(*seeds, return_indices=True)
     pairs = [(c.runs[i], other.runs[j]) for i, j in zip(own, others, strict=True)]
-    other_scores = [score_within(two, one.minutes) if stop else two.meta["final_score"] for one, two in pairs]
-    gains = c.scores[own] - np.array(other_scores)
+    gains = c.scores[own] - other.scores[others]
+    if stop:
+        ends = [min(one.minutes, two.minutes) for one, two in pairs]
+        both = ([score_within(run, end) for run in pair] for pair, end in zip(pairs, ends, strict=True))
+        gains = np.array([a - b for a, b in both])
     row = estimate(key, [gains], lambda drawn: drawn.mean(axis=1), resamples) if len(gains) else {}
     return row | {f"{key}_pairs": len(gains)}
 
@@ -940,9 +961,10 @@ def configuration_row(study: Study, c: Configuration, resamples: int) -> dict:
         steps = [settled_step(run.masks[net]) for run in c.runs if net in run.masks]
         row[f"settled_step/{net}"] = statistics.median_high(steps) if steps else math.nan
     for percent in (50, 75, 90) if dense and (dense.scores > 0).all() else ():
-        steps, minutes = ([time_to(run, percent / 100 * iqm(dense.scores)) for run in runs] for runs in (c.runs, timed))
-        row[f"steps_to_{percent}"] = statistics.median_high(steps)[0]
-        row[f"core_minutes_to_{percent}"] = statistics.median_high(minutes)[1] if timed else math.nan
+        target = percent / 100 * iqm(dense.scores)
+        row[f"steps_to_{percent}"] = statistics.median_high(time_to(run, target)[0] for run in c.runs)
+        minutes = [time_to(run, target)[1] for run in timed]
+        row[f"core_minutes_to_{percent}"] = statistics.median_high(minutes) if timed else math.nan
     if dense and dense is not c and timed and study.timed[dense]:
         two = (replace(one, runs=study.timed[one]) for one in (c, dense))
         row |= paired_difference("gain_at_equal_core_minutes", *two, resamples, stop=True)
@@ -1006,7 +1028,7 @@ def write_summary(out: Path, studies: list[Study], skipped: list[tuple[str, str]
     lines, notes = [ABOUT.format(resamples=resamples)], {study.name: study_lines(study, resamples) for study in studies}
     for name, part in frame.groupby("setting", sort=False):
         keys = list(part.dropna(axis=1, how="all"))
-        times = [key for key in keys if re.fullmatch(".*_to_..|gain_at_equal_core_minutes", key)]
+        times = [key for key in keys if re.fullmatch(".*_to_..|gain_at_equal_core_minutes(_pairs)?", key)]
         lines += [f"## {name}", "", *table(part, [key for key in keys if not re.fullmatch(HIDDEN, key)])]
         lines += [TIMES, "", *table(part, ["configuration", "seeds", *times])] if times else []
         lines += notes.get(name, [])

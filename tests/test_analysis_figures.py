@@ -85,7 +85,7 @@ def test_time_to_a_return_by_hand(monkeypatch, capsys, tmp_path):
     gains = frame["gain_at_equal_core_minutes"]  # seed 1 alone is paired with dense, which takes as long and has 80
     assert gains["1:8"] == gains["1:16"] == pytest.approx(-40) and math.isnan(gains["dense"])
     text = (tmp_path / "a" / "summary.md").read_text()
-    assert "| 1:8 | 3 | 12,000 | 1 | 18,000 | 1.5 | 24,000 | 2 | -40 |" in text and "| steps to 50 % |" in text
+    assert "| 1:8 | 3 | 12,000 | 1 | 18,000 | 1.5 | 24,000 | 2 | -40 | 1 |" in text and "| steps to 50 % |" in text
 
 
 def test_what_is_not_drawn_is_named(monkeypatch, capsys, tmp_path):

@@ -73,13 +73,34 @@ def test_forks_are_configurations_of_their_own(tmp_path):
     assert study.plain("1:4", 256).label == "1:4"
 
 
+def test_no_argument_of_a_fork_is_lost(tmp_path):
+    """Also one that a rival's pattern would name, such as nstep, or that a dense rival has no use for."""
+    for name, own in (("dense", {}), ("rnm", {"n": 1, "m": 8})):
+        for nstep in (1, 3):
+            args = {"exp_name": f"{name}_nstep", "nstep": nstep}
+            options = {"n": None} | own
+            make_run(tmp_path / f"{name}{nstep}", script=f"{name}_nstep.py", code=name * 4, args=args, **options)
+    for share in (0.1, 0.5):
+        args = {"exp_name": "prune", "drop_fraction": share, "actor_sparsity": 0.9}
+        make_run(tmp_path / f"prune{share}", n=None, script="prune.py", code="b" * 16, args=args)
+    (study,), replaced, _ = load(tmp_path)
+    assert not replaced and labels(study) == {
+        "dense, drop_fraction 0.1, actor_sparsity 0.9, prune.py": ["prune0.1"],
+        "dense, drop_fraction 0.5, actor_sparsity 0.9, prune.py": ["prune0.5"],
+        "dense, nstep 1, dense_nstep.py": ["dense1"],
+        "dense, nstep 3, dense_nstep.py": ["dense3"],
+        "1:8, nstep 1, rnm_nstep.py": ["rnm1"],
+        "1:8, nstep 3, rnm_nstep.py": ["rnm3"],
+    }
+
+
 def test_several_codes_are_all_marked(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sa, "draw", lambda *_: [])
     for seed in (1, 2):
         make_run(tmp_path / f"runs/d{seed}", seed=seed, n=None, code="d" * 16, score=100.0)
         make_run(tmp_path / f"runs/a{seed}", seed=seed, code="a" * 16)
     make_run(tmp_path / "runs/e1", n=None, code="e" * 16, score=50.0)
-    make_run(tmp_path / "runs/b1", code="b" * 16, start="2027")
+    make_run(tmp_path / "runs/b1", code="b" * 16, start="2027-01-01")
     make_run(tmp_path / "runs/b3", code="b" * 16, seed=3, args={"mask_update_interval": 100})
     (study,), replaced, _ = load(tmp_path / "runs")
     assert labels(study) == {

@@ -1,5 +1,7 @@
 """sad_analysis.py: its numbers by hand."""
 
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -60,10 +62,34 @@ def test_time_to_a_score_by_hand(tmp_path):
 
 
 def test_score_of_a_run_that_stops_early(tmp_path):
-    """Evaluations of 10, 20, ... 100; before the fifth's time four had come, of which the last half counts."""
+    """Evaluations of 10, 20, ... 100, of which the last half counts, at a stop, too: of four two, of five two."""
     loaded, fifth = sa.load_run(make_run(tmp_path / "run", score=100.0)), 15_000 / 200 / 60
-    assert sa.score_within(loaded, fifth - 1e-6) == 35 and sa.score_within(loaded, fifth) == 40
+    assert sa.score_within(loaded, fifth - 1e-6) == 35 and sa.score_within(loaded, fifth) == 45
     assert sa.score_within(loaded, 1e9) == loaded.meta["final_score"] == 80 and np.isnan(sa.score_within(loaded, 0.2))
+
+
+def slow_run(folder, factor, **options):
+    """A run that needs `factor` times as much CPU time."""
+    run = sa.load_run(make_run(folder, **options))
+    clock = run.metrics["charts/cpu_time_s"] * factor
+    return replace(run, metrics=run.metrics.assign(**{"charts/cpu_time_s": clock}), minutes=clock.iloc[-1] / 60)
+
+
+def test_gain_at_equal_core_minutes_stops_the_slower_run(tmp_path):
+    """Of ten evaluations, 10 to 100, the slow run has five when the fast one ends, of which the last two count."""
+    fast, slow = (sa.Configuration("x", [slow_run(tmp_path / f"{i}", i)], {}, "o") for i in (1, 2))
+    for own, other, gain in ((fast, slow, 80 - 45), (slow, fast, 45 - 80), (fast, fast, 0)):
+        assert sa.paired_difference("x", own, other, 100, stop=True)["x"] == gain
+        assert sa.paired_difference("x", own, other, 100)["x"] == 0
+
+
+def test_times_to_a_score_are_medians_of_their_own(tmp_path):
+    """50 % of dense's 80 at steps 12,000, 12,000 and 24,000; core minutes 4, 1 and 6: not those of one seed."""
+    dense = [slow_run(tmp_path / f"d{i}", 1, seed=i, n=None) for i in (1, 2, 3)]
+    own = [slow_run(tmp_path / f"{i}", x, seed=i, score=y) for i, x, y in ((1, 4, 100), (2, 1, 100), (3, 3, 50))]
+    (study,), _ = sa.make_studies(dense + own)
+    row = sa.configuration_row(study, study.configurations[1], 100)
+    assert (row["steps_to_50"], row["core_minutes_to_50"]) == (12_000, 4)
 
 
 def test_the_mask_in_use_before_the_end_by_hand():
