@@ -834,6 +834,7 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
         raise UserError(f"--env-id {env_id} must have flat observations and continuous actions, not {obs}, {action}")
     if not (np.isfinite([action.low, action.high]).all() and (action.low < action.high).all()):
         raise UserError(f"--env-id {env_id} must have bounded actions, not {action}")
+    env = gym.wrappers.TransformObservation(env, np.copy, None)  # some return one array, which the next step changes
     return gym.wrappers.RecordEpisodeStatistics(env)  # info["episode"] at an episode's end
 
 

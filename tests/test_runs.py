@@ -29,6 +29,12 @@ from conftest import (
 COMPILER = shutil.which(os.environ.get("CC", "cc"))
 
 
+def test_an_environment_may_return_one_array(script, small):
+    """Which its next step changes: what was stored of it before stays."""
+    runs = [script.train(small(script, env_id=env_id))["run_dir"] for env_id in ("Reach-v0", "InPlace-v0")]
+    assert_same_run(*runs)
+
+
 def test_a_run_leaves_the_contract_behind(rnm, small):
     args = small(rnm, n=1, m=4, mask_update_interval=100, total_timesteps=2100, learning_starts=200)
     result = rnm.train(args)

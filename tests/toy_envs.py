@@ -42,6 +42,16 @@ class DictObs(Reach):
     observation_space = gym.spaces.Dict({"x": gym.spaces.Box(-1, 1, (1,))})
 
 
+class InPlace(Reach):
+    """Returns one array, which the next step changes."""
+
+    def obs(self):
+        self.buffer = getattr(self, "buffer", np.zeros(3))
+        self.buffer[:] = super().obs()
+        return self.buffer
+
+
+gym.register("InPlace-v0", InPlace, max_episode_steps=50)
 gym.register("Reach-v0", Reach, max_episode_steps=50)
 gym.register("ReachShort-v0", Reach, max_episode_steps=25)
 gym.register("ReachNaN-v0", Reach, max_episode_steps=50, kwargs={"fault": "observation", "fault_at": 150})
