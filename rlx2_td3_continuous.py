@@ -23,7 +23,7 @@ Decisions, where the paper, its code (tyq1024/RLx2, commit 3f4898b) and good sen
   R3  A change takes the place of that update's step of Adam, as in the code; the paper does not say so.
   R4  What was just dropped may grow again, then with its value and moments; all else grows from zero. As the code.
   R5  Adam forgets a dropped weight; its step count goes on, so that a grown weight moves by several learning rates at
-      first. In the code moments fade for Delta updates: nearly the same.
+      first. In the code moments fade for Delta updates: nearly the same when these are 10,000.
   R6  Growth goes by the loss that the network descends; in the code the actor's gradients can leak into the critics'.
   R7  Targets have the online topology from the start; in the code the first two targets come from dense networks.
   R8  A window of n steps ends where the episode does; only a termination cuts the bootstrap, also one at the time

@@ -138,6 +138,26 @@ def test_the_readme_on_acting_and_on_another_cpu():
     assert f"and returns {min(shares):.2f} to {max(shares):.2f} of its score" in readme
 
 
+def test_the_readme_on_the_defaults():
+    """1:8 of HalfCheetah-v5: variants minus K = 1,000, by seeds that both have."""
+    readme = " ".join((ROOT / "README.md").read_text().split())
+    folders = claims.sa.find_folders((str(ROOT / "results/paper"),))
+    part = claims.by_environment(claims.sa.make_studies(claims.sa.load_all(folders)[0])[0])["HalfCheetah-v5"]
+    plain = {run.args["seed"]: run.meta["final_score"] for run in part.plain("1:8", 256).runs}
+    gains = {}
+    for c in part.configurations:
+        found = {run.args["seed"]: run.meta["final_score"] for run in c.runs}
+        gains[c.label] = [found[seed] - plain[seed] for seed in sorted(found.keys() & plain.keys())]
+        assert len(gains[c.label]) == 3
+    lost = {label: -np.mean(gain) for label, gain in gains.items()}
+    said = "a sparse output layer scores less in all (by {:,.0f} in the mean), "
+    said += "so do static masks ({:,.0f}) and K = 100 ({:.0f})"
+    less = [f"1:8, {name}" for name in ("sparse head", "static masks", "K = 100")]
+    assert said.format(*(lost[label] for label in less)) in readme and all(max(gains[label]) < 0 for label in less)
+    assert f"K = 10,000 in two ({lost['1:8, K = 10,000']:.0f})" in readme
+    assert sum(gain < 0 for gain in gains["1:8, K = 10,000"]) == 2
+
+
 def test_halfcheetah_v4_and_v5_are_one_task():
     """So the dense runs here serve results/rlx2, and 60,000 steps of v4 can be set beside 1,000,000 of v5."""
     envs = [gym.make(f"HalfCheetah-v{version}") for version in (4, 5)]
