@@ -1,6 +1,6 @@
 #!/bin/sh
 # The runs behind results/mst. Type it again after any stop: it goes on where it was.
-#   results/mst/runs.sh RUNS_DIR    (in the repository's root; one commit for all)
+#   results/mst/runs.sh RUNS_DIR    (in the repository's root, at commit 4a1ba66)
 set -eu
 mst="mst_td3_continuous.py --critic-hidden-dim 128 --actor-hidden-dim 64 --total-timesteps 300_000 --no-track"
 mst="$mst --learning-rate 3e-4 --diagnostics-interval 10_000 --checkpoint-interval 50000"
