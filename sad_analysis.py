@@ -123,7 +123,7 @@ MST = {"mask_update_interval": 1000, "drop_fraction": 0.3, "mask_end": 0.8}
 # What a pattern names: of RLx2, which has --topology, and of MST, which has --critic-regime.
 IN_PATTERN = {"topology": "topology nstep dynamic_buffer actor_sparsity critic_sparsity".split()}
 IN_PATTERN["critic_regime"] = [f"{net}_{key}" for net in ("actor", "critic") for key in ("regime", "sparsity", "nm")]
-WORDS = {"mask_update_interval": "K = {:,}", "sparse_head": "sparse head", "hidden_dim": "width {}"}
+WORDS = {"mask_update_interval": "K = {}", "sparse_head": "sparse head", "hidden_dim": "width {}"}
 
 
 @dataclass
@@ -211,9 +211,9 @@ def load_run(folder: Path) -> Run:
     if metrics.index[-1] != args["total_timesteps"]:
         raise UserError(f"damaged: metrics.csv ends at step {metrics.index[-1]} of {args['total_timesteps']}")
     evaluations = metrics["eval/episodic_return"].dropna()
-    every = args.get("eval_interval", args["total_timesteps"])
+    every = int(args.get("eval_interval") or args["total_timesteps"])
     if missing := {*range(0, args["total_timesteps"], every)} - {*evaluations.index}:
-        raise UserError(f"damaged: metrics.csv has no evaluation at step {min(missing)}")
+        raise UserError(f"it has no evaluation at step {min(missing)}: rows are lost, or tracking began at a resume")
     score = final_score([list(pair) for pair in evaluations[evaluations.index > 0].items()])
     if not math.isclose(score, meta["final_score"], rel_tol=1e-9, abs_tol=1e-9):
         raise UserError(f"damaged: final score {meta['final_score']} in meta.json, {score} in metrics.csv")
@@ -529,15 +529,17 @@ class Study:
 
 def method_words(run: Run) -> dict[str, str]:
     """Argument -> its name in a label, of all that tell configurations apart and are not at their default."""
-    words, defaults = {}, DEFAULTS | (RLX2 if "topology" in run.args else MST if "critic_regime" in run.args else {})
-    method = next((key for key in IN_PATTERN if key in run.args), None)
+    found = [key for key, names in IN_PATTERN.items() if not run.meta["n"] and {*names} <= run.args.keys()]
+    method = found[0] if found else None  # a fork may have some of these names, too
+    words, defaults = {}, DEFAULTS | {"topology": RLX2, "critic_regime": MST}.get(method, {})
     named = {"n", "m", *SETTING, *NEUTRAL, *IN_PATTERN.get(method, ())}
     if method and run.pattern == "dense":
         named |= {*MST}  # of masks, which it has not
     for name in dict.fromkeys([*WORDS, *run.args]):
         value = run.args.get(name)
         if name not in named and value not in (None, defaults.get(name)):
-            words[name] = WORDS.get(name, f"{name} {{}}").format(value)
+            text = f"{value:,}" if type(value) is int else value
+            words[name] = WORDS.get(name, f"{name} {{}}").format(text)
     if words.get("mask_update_interval") == "K = 0":
         words["mask_update_interval"] = "static masks"
     return words
@@ -595,9 +597,10 @@ def configure(runs: list[Run]) -> tuple[list[Configuration], list[tuple[str, str
     return configurations, replaced
 
 
-def in_words_and_numbers(label: str) -> list[str | int]:
+def in_words_and_numbers(label: str) -> list[str | float]:
     """A label as a key that sorts K = 500 before K = 1,000."""
-    return [int(part) if part.isdecimal() else part for part in re.split(r"([0-9]+)", label.replace(",", ""))]
+    parts = re.split(r"([0-9]+(?:\.[0-9]+)?)", label.replace(",", ""))  # words and numbers in turns
+    return [float(part) if i % 2 else part for i, part in enumerate(parts)]
 
 
 def place(run: Run) -> tuple[int, float]:
@@ -665,7 +668,7 @@ def new_figure(title: str, rows: int, columns: int, height: float, **options) ->
     figure.suptitle(textwrap.fill(title, 95), fontsize=10)
     axes = figure.subplots(rows, columns, squeeze=False, **options)
     for axis in (axis for ax in axes.flat for axis in (ax.xaxis, ax.yaxis)):
-        axis.set_major_formatter("{x:,g}")
+        axis.set_major_formatter("{x:,.10g}")
     return figure, axes
 
 
@@ -935,6 +938,7 @@ def paired_difference(key: str, c: Configuration, other: Configuration, resample
         ends = [min(one.minutes, two.minutes) for one, two in pairs]
         both = ([score_within(run, end) for run in pair] for pair, end in zip(pairs, ends, strict=True))
         gains = np.array([a - b for a, b in both])
+        gains = gains[~np.isnan(gains)]  # a run without an evaluation until then has no score
     row = estimate(key, [gains], lambda drawn: drawn.mean(axis=1), resamples) if len(gains) else {}
     return row | {f"{key}_pairs": len(gains)}
 
@@ -967,7 +971,8 @@ def configuration_row(study: Study, c: Configuration, resamples: int) -> dict:
         row[f"core_minutes_to_{percent}"] = statistics.median_high(minutes) if timed else math.nan
     if dense and dense is not c and timed and study.timed[dense]:
         two = (replace(one, runs=study.timed[one]) for one in (c, dense))
-        row |= paired_difference("gain_at_equal_core_minutes", *two, resamples, stop=True)
+        gain = paired_difference("gain_at_equal_core_minutes", *two, resamples, stop=True)
+        row |= gain if len(gain) > 1 else {}
     return row
 
 

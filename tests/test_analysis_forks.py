@@ -83,8 +83,19 @@ def test_no_argument_of_a_fork_is_lost(tmp_path):
     for share in (0.1, 0.5):
         args = {"exp_name": "prune", "drop_fraction": share, "actor_sparsity": 0.9}
         make_run(tmp_path / f"prune{share}", n=None, script="prune.py", code="b" * 16, args=args)
+    for kind, K in (("ring", 2000), ("mlp", "auto")):  # a name of RLx2's for something else; K is a word
+        args = {"exp_name": "graph", "topology": kind, "mask_update_interval": K}
+        make_run(tmp_path / kind, n=None, script="graph.py", code="9" * 16, pattern="dense", args=args)
+    for kind in ("rigl", "set"):  # a rival's copy that has become N:M
+        args = dict.fromkeys(sa.IN_PATTERN["topology"], 1) | {"exp_name": "nm", "topology": kind}
+        make_run(tmp_path / kind, m=8, script="nm.py", code="8" * 16, args=args)
     (study,), replaced, _ = load(tmp_path)
+    ones = ", ".join(f"{name} 1" for name in sa.IN_PATTERN["topology"][1:])
     assert not replaced and labels(study) == {
+        "dense, K = 2,000, topology ring, graph.py": ["ring"],
+        "dense, K = auto, topology mlp, graph.py": ["mlp"],
+        f"1:8, topology rigl, {ones}, nm.py": ["rigl"],
+        f"1:8, topology set, {ones}, nm.py": ["set"],
         "dense, drop_fraction 0.1, actor_sparsity 0.9, prune.py": ["prune0.1"],
         "dense, drop_fraction 0.5, actor_sparsity 0.9, prune.py": ["prune0.5"],
         "dense, nstep 1, dense_nstep.py": ["dense1"],
@@ -191,6 +202,8 @@ def test_labels_sort_by_number(tmp_path):
     (study,), _, _ = load(tmp_path)
     names = ["1:4", "1:4, K = 100", "1:4, K = 500", "1:4, K = 10,000", "1:4, static masks"]  # 1,000 is the default
     assert [c.label for c in study.configurations] == names
+    names = ["a", "a, x 0.05", "a, x 0.25", "a, x 0.3", "a, x 0.5", "b", "1:4"]
+    assert sorted(names[::-1], key=sa.in_words_and_numbers) == ["1:4", *names[:-1]]
 
 
 def test_a_third_critic_has_panels_and_columns(monkeypatch, capsys, tmp_path):

@@ -78,6 +78,8 @@ def slow_run(folder, factor, **options):
 def test_gain_at_equal_core_minutes_stops_the_slower_run(tmp_path):
     """Of ten evaluations, 10 to 100, the slow run has five when the fast one ends, of which the last two count."""
     fast, slow = (sa.Configuration("x", [slow_run(tmp_path / f"{i}", i)], {}, "o") for i in (1, 2))
+    slowest = sa.Configuration("x", [slow_run(tmp_path / "30", 30)], {}, "o")
+    assert sa.paired_difference("x", fast, slowest, 100, stop=True) == {"x_pairs": 0}  # no evaluation until then
     for own, other, gain in ((fast, slow, 80 - 45), (slow, fast, 45 - 80), (fast, fast, 0)):
         assert sa.paired_difference("x", own, other, 100, stop=True)["x"] == gain
         assert sa.paired_difference("x", own, other, 100)["x"] == 0
