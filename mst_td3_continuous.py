@@ -237,13 +237,13 @@ def random_mask(shape: torch.Size, density: float, nm: tuple[int, int] | None) -
 
 
 def sparsify(networks: dict[str, nn.Module], args: Args) -> dict[str, nn.Module]:
-    """Make each nn.Linear of the blocks sparse, the actor's and the critics' by their own flags (M1)."""
+    """Make each nn.Linear of the blocks sparse: actor* and qf* by their own flags (M1), no other network's."""
     modules = [module for net in networks.values() for _, module in net.named_modules(remove_duplicate=False)]
     uses = Counter(id(param) for module in modules for param in module._parameters.values())
     for name, (regime, sparsity, nm) in regimes(args).items():
         if regime == "dense":
             continue
-        nets = [net for key, net in networks.items() if key.startswith("actor") == (name == "actor")]
+        nets = [net for key, net in networks.items() if key.startswith({"actor": "actor", "critic": "qf"}[name])]
         blocks = [(net, f"{path}.", x) for net in nets for path, x in net.named_modules() if isinstance(x, Block)]
         parts = [(net, path + part, x) for net, path, block in blocks for part, x in block.named_modules()]
         linears = [part for part in parts if isinstance(part[2], nn.Linear)]
@@ -357,9 +357,9 @@ def change_topology(agent: "Agent", networks: list["Network"], gradients: dict, 
             places = rule(layer, score, drop)
             if len(places) != len(layer.positions) or (places.diff() <= 0).any():
                 raise ValueError(f"{net.name}.{name}: a rule returns as many places as before, each once, ascending")
-            packed = [layer.active_weights, target.active_weights]  # each [kept]
+            packed = {layer.active_weights, target.active_weights}  # each [kept]; one, if a fork has no target
             for state in (optimizer.state.get(layer.active_weights, {}) for optimizer in optimizers):
-                packed += [x for x in state.values() if torch.is_tensor(x) and x.dim()]  # Adam's two moments
+                packed |= {x for x in leaves(state).values() if torch.is_tensor(x) and x.dim()}  # Adam's two moments
             for values in packed:  # zero where inactive before; what returns has its value and moments
                 values.copy_(values.new_zeros(layer.shape).put_(layer.positions, values).take(places))
             layer.positions.copy_(places)
@@ -578,7 +578,8 @@ def train(args: Args) -> dict:
     adamw = {"lr": args.learning_rate, "weight_decay": args.weight_decay, "decoupled_weight_decay": True}
     agent = Agent(sparsify(make_networks(args, env), args), **adamw)
     for net in agent.networks:
-        net.target.obs_norm = net.online.obs_norm  # one set of statistics (M8)
+        if not [*net.online.obs_norm.parameters()]:  # a fork's, which learns, has a target of its own
+            net.target.obs_norm = net.online.obs_norm  # one set of statistics (M8)
     stats = model_stats(agent) | {"kernel": use_kernel(args, agent, env), "pattern": pattern(args)}
     rb = ReplayBuffer(args.buffer_size, transition_columns(env), args.device)
     eval_seeds = draw_seeds(rng["evaluation"], args.eval_episodes)
@@ -764,13 +765,12 @@ def check_schedule(args: Args, agent: Agent) -> None:
     if args.resume and moving and args.total_timesteps != read_run(args.resume)[1].total_timesteps:
         raise UserError("--total-timesteps can't grow: this run's masks change by a schedule for its own length")
     for name in moving:
-        every = args.policy_frequency if name == "actor" else 1
-        zeta = drop_fractions(args, every * args.mask_update_interval).get(name, 0)  # of the first change
+        zetas = (drop_fractions(args, x).get(name, 0) for x in range(1, args.total_timesteps - args.learning_starts))
         nets = [net for net in agent.networks if net.name.startswith("actor") == (name == "actor")]
         layers = [layer for net in nets for layer in sparse_layers(net.online).values()]
-        layers = [layer for layer in layers if len(layer.positions) < layer.shape.numel()]
-        if not any(int(zeta * len(layer.positions)) for layer in layers):
-            cause = "see --mask-update-interval, --mask-end, --drop-fraction" if layers else "nothing is inactive"
+        sizes = [len(layer.positions) for layer in layers if len(layer.positions) < layer.shape.numel()]
+        if not any(int(zeta * max(sizes, default=0)) for zeta in zetas):
+            cause = "see --mask-update-interval, --mask-end, --drop-fraction" if sizes else "nothing is inactive"
             print(f"warning: the {name}'s masks do not change in this run: {cause}", file=sys.stderr)
         elif (nm := regimes(args)[name][2]) and args.drop_fraction > 1 / nm[0]:
             print(f"warning: one swap a group drops 1/{nm[0]} of the {name}'s weights at most", file=sys.stderr)
@@ -905,9 +905,9 @@ def parse_args(argv: list[str] | None = None) -> "Args":
         raise UserError("--resume and --evaluate exclude each other")
     saved = read_run(folder)[1]
     args = tyro.cli(Args, description=__doc__, args=argv, default=replace(saved))
-    free = "resume runs_dir total_timesteps checkpoint_interval track wandb_project_name wandb_entity capture_video"
+    free = "resume runs_dir total_timesteps checkpoint_interval keep_replay capture_video track".split()
     for name, old in vars(saved).items() if args.resume else ():
-        if getattr(args, name) != old and name not in free.split():
+        if getattr(args, name) != old and not (name in free or name.startswith("wandb_")):
             raise UserError(f"{flag(name)} is {old} in {folder} and can't become {getattr(args, name)}")
     if args.total_timesteps < saved.total_timesteps:
         raise UserError(f"--total-timesteps is {saved.total_timesteps} in {folder} and can only grow")

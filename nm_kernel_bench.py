@@ -4,8 +4,9 @@
   python nm_kernel_bench.py --device cuda    one layer on an NVIDIA GPU                 -> benchmark/kernels_cuda/
   python nm_kernel_bench.py --end-to-end     steps per second of whole training runs    -> benchmark/end_to_end/
 
-Results: results.json and results.csv (all numbers), summary.md (also printed), a figure, and a Weights & Biases run.
-Exit codes: 0 done, 1 something was wrong or failed, 2 bad input, 130 Ctrl-C. What was measured until then is kept.
+Results: results.json (all numbers), results.csv (the layers or the runs), summary.md (also printed), a figure, and a
+Weights & Biases run. Exit codes: 0 done, 1 something was wrong or failed, 2 bad input, 130 Ctrl-C or SIGTERM. What was
+measured until then is kept.
 
 Each product is compared with float64 before it is timed; a wrong one is reported instead. What is compared runs in
 turns, repeated, so that slow changes of the machine meet all alike. The N:M kernels have one thread, so layers are
@@ -30,6 +31,7 @@ import platform
 import re
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -146,8 +148,13 @@ def check_args(args: Args) -> None:
             )
     if args.repetitions < 1 or args.steps < 2000:
         fail("--repetitions must be at least 1, --steps at least 2000")
-    if args.env_id not in gym.registry:
-        fail(f"unknown --env-id {args.env_id}")
+    if args.end_to_end:
+        try:
+            spaces = (env := gym.make(args.env_id)).observation_space, env.action_space
+        except Exception as error:  # gymnasium's own, or whatever it imports
+            fail(f"--env-id {args.env_id}: {first_line(error)}")
+        if not all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces):
+            fail(f"--env-id {args.env_id}: observations and actions must be vectors of real numbers")
     if args.device == "cuda" and not torch.cuda.is_available():
         fail("--device cuda: torch sees no GPU here, use --device cpu")
     try:  # before hours of measuring
@@ -478,6 +485,8 @@ def measure_actor(args: Args, content: dict) -> None:
         y = np.maximum(arrays[0] @ x[0].numpy() + arrays[1], 0)
         return arrays[4] @ np.maximum(arrays[2] @ y + arrays[3], 0) + arrays[5]
 
+    if complaint := check(numpy_actor()[None], copy.deepcopy(dense).double()(x.double()), "dense numpy"):
+        content["wrong"].append(f"actor in numpy: {complaint}")
     size = sum(array.nbytes for array in arrays)
     actors = {("dense torch", ""): (partial(dense, x), size), ("dense numpy", ""): (numpy_actor, size)}
     for pattern in args.patterns:
@@ -520,7 +529,7 @@ def measure_masks(args: Args, content: dict) -> None:
 
 
 def benchmark_kernels(args: Args) -> int:
-    """Measure, print and write everything but whole training runs. Ctrl-C keeps what is measured."""
+    """Measure, print and write everything but whole training runs. A fault or Ctrl-C keeps what is measured."""
     code, limits = 0, gpu_limits if args.device == "cuda" else cpu_limits
     torch.set_num_threads(1)
     content = {"conditions": conditions(args), "layers": [], "actor": [], "masks": [], "wrong": [], "unsupported": []}
@@ -532,6 +541,9 @@ def benchmark_kernels(args: Args) -> int:
             measure_masks(args, content)
     except KeyboardInterrupt:
         code = 130
+    except Exception as error:  # such as a GPU's memory that others fill
+        code = 1
+        print(f"error: {type(error).__name__}: {first_line(error)}", file=sys.stderr)
     if content["layers"]:
         tables = {name: content[name] for name in ("layers", "actor", "masks")}
         write_report(args, content, summarize_kernels(content), {"speedup": draw_speedup(content)}, tables)
@@ -563,11 +575,9 @@ def how_measured(found: dict) -> str:
 
 def main_rows(rows: list[dict]) -> list[dict]:
     """What counts of N:M: all three products; forward at batch 1 and on a GPU, whose library lacks grad-weight."""
-    found = {}
-    for row in rows:  # "all three" comes after "forward" and replaces it
-        if row["implementation"] in ("N:M", "any", "sparse bf16, graph") and row["product"] in ("forward", "all three"):
-            found[row["inputs"], row["outputs"], row["batch"], row["pattern"]] = row
-    return list(found.values())
+    own = [row for row in rows if row["implementation"] in ("N:M", "any", "sparse bf16, graph")]
+    wanted = {True: "forward", False: "all three"}
+    return [row for row in own if row["product"] == wanted[row["batch"] == 1 or "graph" in row["implementation"]]]
 
 
 def describe_noise(rows: list[dict]) -> str:
@@ -669,8 +679,9 @@ the calls take less than the second number. The size is that of its numbers and 
         text += f"""
 ## A new mask
 
-A mask refresh of a {shown} to {shown} layer consists of the projection and of a new index for the kernels. If the mask
-changes every K updates, this adds so much to the time of the layer's three products:
+A new mask of a {shown} to {shown} layer takes the projection and a new index for the kernels. If it changes every K
+updates, this adds so much to the time of the layer's three products. A refresh in training costs more: it also makes
+the target network's index, moves weights and moments to their new places, and counts SAD.
 
 {tabulate(masks, *MASK_TABLE)}
 """
@@ -819,7 +830,7 @@ def configurations(args: Args) -> dict[str, Run]:
 
     def train(pattern: str, units: int, *extra: str) -> list[str]:
         (n, m), script = parse(pattern), "rnm" if pattern else "dense"
-        own = [f"--n={n}", f"--m={m}"] if pattern else []
+        own = [f"--n={n}", f"--m={m}", *(() if extra else ("--kernel=nm",))] if pattern else []  # or it fails
         return [str(HERE / f"{script}_td3_continuous.py"), *flags, *own, f"--hidden-dim={units}", *extra]
 
     narrow = narrow_hidden_dim(args.env_id, hidden, last)
@@ -835,7 +846,7 @@ def configurations(args: Args) -> dict[str, Run]:
     found |= {pattern: Run(train(pattern, hidden)) for pattern in args.patterns}
     found[f"{last}, --kernel torch"] = Run(train(last, hidden, "--kernel=torch"))
     actor, critic = RLX2.get(args.env_id.partition("-")[0], RLX2["Ant"])
-    rlx2 = [str(HERE / "rlx2_td3_continuous.py"), *flags, f"--hidden-dim={hidden}"]
+    rlx2 = [str(HERE / "rlx2_td3_continuous.py"), *flags, f"--hidden-dim={hidden}", "--kernel=nm"]
     rlx2 += [f"--actor-sparsity={actor / 100}", f"--critic-sparsity={critic / 100}"]
     found[f"RLx2 {actor}/{critic}"] = Run([*rlx2, "--delay-nstep=0"])
     found[f"RLx2 {actor}/{critic}, one-step targets"] = Run(rlx2)
@@ -986,7 +997,7 @@ count. Numbers are medians of {min(map(len, content["rate_update_ms_peak_mib"].v
 - oneDNN: the dense script with the matrix products of oneDNN in place of torch's
 - bf16 autocast: the dense script in torch's autocast, whose layers compute in bfloat16
 - torch.compile: the dense script, its two update functions compiled by torch.compile (before what is counted)
-- as many weights as: dense with hidden layers of {content.get("narrow_hidden_dim", "fewer")} units, which make as many
+- as many weights as: dense with hidden layers of {content["narrow_hidden_dim"]} units, which make as many
   parameters as are active with that pattern, or nearly
 - RLx2 A/C: rlx2_td3_continuous.py with A % of the actor's and C % of the critics' weights zero, three-step targets
 - --kernel torch: the N:M script without the kernels, with products of the masked dense matrix
@@ -1351,6 +1362,7 @@ def load_kernels(source: str = KERNELS) -> ctypes.CDLL:
 
 def main() -> int:
     args = tyro.cli(Args, description=__doc__)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     check_args(args)
     return benchmark_training(args) if args.end_to_end else benchmark_kernels(args)
 

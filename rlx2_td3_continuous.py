@@ -305,9 +305,9 @@ def change_topology(agent: "Agent", networks: list["Network"], gradients: dict, 
             places = rule(layer, score, drop)
             if len(places) != len(layer.positions) or (places.diff() <= 0).any():
                 raise ValueError(f"{net.name}.{name}: a rule returns as many places as before, each once, ascending")
-            packed = [layer.active_weights, target.active_weights]  # each [kept]
+            packed = {layer.active_weights, target.active_weights}  # each [kept]; one, if a fork has no target
             for state in (optimizer.state.get(layer.active_weights, {}) for optimizer in optimizers):
-                packed += [x for x in state.values() if torch.is_tensor(x) and x.dim()]  # Adam's two moments
+                packed |= {x for x in leaves(state).values() if torch.is_tensor(x) and x.dim()}  # Adam's two moments
             for values in packed:  # zero where inactive before; what returns has its value and moments
                 values.copy_(values.new_zeros(layer.shape).put_(layer.positions, values).take(places))
             layer.positions.copy_(places)
@@ -505,7 +505,7 @@ def train(args: Args) -> dict:
     columns += ["replay/policy_distance", "replay/size"]
     with Run(args, columns, stats, state) as run:
         if width:
-            run.say(f"a dense network with as many weights: dense_td3_continuous.py --hidden-dim {width}")
+            run.say(f"as many weights have the same networks, dense, with --hidden-dim {width}")
         if not args.resume:
             run.log(0, run.density | run.evaluate(agent.actor, eval_seeds, 0))
             save_checkpoint(run, state, agent, rb, rng, env)
@@ -603,8 +603,8 @@ def check_schedule(args: Args) -> None:
         raise UserError(f"--nstep {args.nstep} needs a --buffer-size of at least {args.nstep}")
     if args.resume and args.topology != "static" and args.total_timesteps != read_run(args.resume)[1].total_timesteps:
         raise UserError("--total-timesteps can't grow: this run's masks change by a schedule for its own length")
-    for name, every in (("critics", 1), ("actor", args.policy_frequency)) if args.topology != "static" else ():
-        if not drop_fractions(args, every * args.mask_update_interval).get(name):  # zeta of the first change
+    for name in ("critics", "actor") if args.topology != "static" else ():
+        if not any(drop_fractions(args, x).get(name) for x in range(1, args.total_timesteps - args.learning_starts)):
             print(f"warning: the topology of {name} does not change in this run", file=sys.stderr)
     if args.nstep > 1 and args.delay_nstep > args.total_timesteps - args.learning_starts:
         print("warning: all targets have one step, --delay-nstep is beyond the run", file=sys.stderr)
@@ -773,9 +773,9 @@ def parse_args(argv: list[str] | None = None) -> "Args":
         raise UserError("--resume and --evaluate exclude each other")
     saved = read_run(folder)[1]
     args = tyro.cli(Args, description=__doc__, args=argv, default=replace(saved))
-    free = "resume runs_dir total_timesteps checkpoint_interval track wandb_project_name wandb_entity capture_video"
+    free = "resume runs_dir total_timesteps checkpoint_interval keep_replay capture_video track".split()
     for name, old in vars(saved).items() if args.resume else ():
-        if getattr(args, name) != old and name not in free.split():
+        if getattr(args, name) != old and not (name in free or name.startswith("wandb_")):
             raise UserError(f"{flag(name)} is {old} in {folder} and can't become {getattr(args, name)}")
     if args.total_timesteps < saved.total_timesteps:
         raise UserError(f"--total-timesteps is {saved.total_timesteps} in {folder} and can only grow")

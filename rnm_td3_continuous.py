@@ -228,7 +228,7 @@ def refresh_masks(agent: "Agent") -> None:
                 raise ValueError(f"{net.name} needs one torch.optim.Optimizer, an attribute of Agent, to train it")
             stores = [(x.W, x.get_parameter("active_weights")) for x in (layer, target)]  # raises if a fork computes it
             for state in (optimizer.state.get(layer.active_weights, {}) for optimizer in optimizers):
-                moments = {key: x for key, x in state.items() if torch.is_tensor(x) and x.dim()}  # Adam's two
+                moments = {key: x for key, x in leaves(state).items() if torch.is_tensor(x) and x.dim()}  # Adam's two
                 stores += [(layer.get_buffer(key), x) for key, x in moments.items()]
             for dense, packed in stores:
                 dense.put_(layer.positions, packed)
@@ -593,9 +593,9 @@ def parse_args(argv: list[str] | None = None) -> "Args":
         raise UserError("--resume and --evaluate exclude each other")
     saved = read_run(folder)[1]
     args = tyro.cli(Args, description=__doc__, args=argv, default=replace(saved))
-    free = "resume runs_dir total_timesteps checkpoint_interval track wandb_project_name wandb_entity capture_video"
+    free = "resume runs_dir total_timesteps checkpoint_interval keep_replay capture_video track".split()
     for name, old in vars(saved).items() if args.resume else ():
-        if getattr(args, name) != old and name not in free.split():
+        if getattr(args, name) != old and not (name in free or name.startswith("wandb_")):
             raise UserError(f"{flag(name)} is {old} in {folder} and can't become {getattr(args, name)}")
     if args.total_timesteps < saved.total_timesteps:
         raise UserError(f"--total-timesteps is {saved.total_timesteps} in {folder} and can only grow")

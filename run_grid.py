@@ -4,10 +4,10 @@
     --commands "dense_td3_continuous.py" "rnm_td3_continuous.py --n 2 --m 4" "rnm_td3_continuous.py --n 1 --m 8"
 
 The same command again skips what is finished, resumes what stopped and starts what is missing, whatever happened in
-between. A run is known by its script and its arguments in meta.json; tracking, W&B's names, --checkpoint-interval,
---capture-video, --keep-replay and --threads do not make another run. Runs of other code stop the grid before it starts
-anything, unless --accept-code. Each run has a log in RUNS_DIR/grid, which is locked as long as the run lives: two grids
-share the work, and a killed grid's runs live on and are waited for.
+between. A run is known by the script's file name and the arguments in meta.json; tracking, W&B's names, --keep-replay,
+--checkpoint-interval, --capture-video and --threads do not make another run. Runs of other code stop the grid before it
+starts anything, unless --accept-code. Each run has a log in RUNS_DIR/grid, which is locked while the run lives: two
+grids share the work, and a killed grid's runs live on and are waited for.
 
 Exit codes: 0 all finished, 1 some failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM.
 """
@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 FREE = set("runs_dir resume evaluate track wandb_project_name wandb_entity".split())  # these do not make another run
 FREE |= set("checkpoint_interval capture_video keep_replay threads".split())
-RESUMED = "track wandb_project_name wandb_entity checkpoint_interval capture_video".split()  # as typed now
+RESUMED = "track wandb_project_name wandb_entity checkpoint_interval capture_video keep_replay".split()  # as typed now
 CORES = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [*range(os.cpu_count() or 1)]
 LOCK = fcntl.LOCK_EX | fcntl.LOCK_NB
 STOP_CODES = {signal.SIGINT: 130, signal.SIGTERM: 143, signal.SIGUSR1: 143}
@@ -64,7 +64,7 @@ class Args:
     slurm_partition: str | None = None
     """make a SLURM job array of what is not finished, in this partition"""
     slurm_time: int = 240
-    """minutes until SLURM stops a run, >= 2; it is put back into the queue and resumed"""
+    """minutes until SLURM stops a run, >= 2; in the last tenth its episode ends, then it is queued again and resumed"""
     task: int | None = None
     """number of the one run to bring to its end, from 0; the job array uses it"""
 
@@ -140,7 +140,7 @@ def shorten(commands: tuple[str, ...]) -> dict[str, str]:
     words = [re.split(r"\s+(?=--)", command.strip()) for command in commands]
     common = set.intersection(*(set(own[1:]) for own in words)) if len(words) > 1 else set()
     for own in words:
-        own[0] = Path(own[0]).stem.removesuffix("_continuous")
+        own[0] = Path(own[0]).stem
     return {command: " ".join(w for w in own if w not in common) for command, own in zip(commands, words, strict=True)}
 
 
@@ -173,7 +173,7 @@ def make_grid(args: Args) -> list[Run]:
     grid = [make_run(command, labels[command], env_id, seed, args.runs_dir) for seed, env_id, command in every]
     for run, other in itertools.combinations(grid, 2):
         if run.log == other.log:
-            fail(f"the same run twice, by script, environment, seed and arguments: {run} and {other}")
+            fail(f"the same run twice, by the script's file name, environment, seed and arguments: {run} and {other}")
     return grid
 
 
@@ -371,7 +371,8 @@ def submit(grid: list[Run], args: Args) -> int:
     """A job array whose task i brings run i of this grid to its end. A task near its time limit is requeued."""
     tasks = ",".join(str(i) for i, run in enumerate(grid) if run.state != "finished")
     words = [sys.executable, str(Path(__file__).resolve()), *sys.argv[1:]]
-    options = f"--parsable --array={tasks}%{args.workers} --time={args.slurm_time} --requeue --signal=B:USR1@60".split()
+    options = f"--parsable --array={tasks}%{args.workers} --time={args.slurm_time} --requeue".split()
+    options += [f"--signal=B:USR1@{max(60, 6 * args.slurm_time)}"]  # seconds before the end, for the episode's end
     options += ["--open-mode=append", f"--partition={args.slurm_partition}", f"--job-name={args.name or 'grid'}"]
     options += [f"--output={args.runs_dir}/grid/slurm-%A_%a.log", f"--cpus-per-task={max(run.threads for run in grid)}"]
     script = f"#!/bin/sh\nexec {shlex.join(words)} --task $SLURM_ARRAY_TASK_ID\n"

@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import signal
 import sys
 from functools import partial
 from types import SimpleNamespace
@@ -27,7 +28,10 @@ SMALL = ("--widths", 40, "--patterns", "1:4", "--repetitions", 1)
 BAD = [
     ("--steps", 1),
     ("--repetitions", 0),
-    ("--env-id", "No-v0"),
+    ("--end-to-end", "--env-id", "No-v0"),
+    ("--end-to-end", "--env-id", "no_module:No-v0"),
+    ("--end-to-end", "--env-id", "CartPole-v1"),
+    ("--end-to-end", "--env-id", "FrozenLake-v1"),
     ("--widths", 0),
     ("--batch-sizes", 0),
     ("--patterns", "8:4"),
@@ -132,6 +136,8 @@ def test_rows_by_hand():
     assert sparse["share_of_peak"] == pytest.approx(sparse["gflops"] / 5, rel=1e-3) and sparse["x_torch_fp32"] is None
     assert rows["N:M", "forward"]["x_torch_fp32"] == 3 and rows["N:M", "forward"]["x_bf16"] is None
     assert bench.main_rows(list(rows.values())) == [sparse]
+    forward = rows["N:M", "forward"]  # of a layer whose gradients were wrong
+    assert bench.main_rows([forward]) == [] and len(bench.main_rows([forward | {"batch": 1}])) == 1
 
 
 @pytest.mark.parametrize("label", [*bench.DENSE, "N:M 1:4", "torch CSR 1:4"])
@@ -182,21 +188,28 @@ def test_a_wrong_actor_is_named(monkeypatch):
     monkeypatch.setattr(bench, "chain_forward", lambda *a, **k: [forward(*a, **k)[0] * 1.001])
     bench.measure_actor(bench.Args(patterns=("1:4",), repetitions=1), content)
     assert content["wrong"][0].startswith("actor with 1:4: error") and len(content["actor"]) == 2
+    monkeypatch.setattr(bench.np, "maximum", lambda x, _: x)
+    bench.measure_actor(bench.Args(patterns=("1:4",), repetitions=1), content)
+    assert content["wrong"][1].startswith("actor in numpy: error")
 
 
+@pytest.mark.parametrize("fault", [KeyboardInterrupt, signal.SIGTERM, MemoryError])
 @pytest.mark.parametrize("stage", ["cpu_limits", "time_once", "measure_actor", "measure_masks"])
-def test_ctrl_c_keeps_what_is_measured(monkeypatch, tmp_path, stage):
+def test_what_stops_it_keeps_what_is_measured(monkeypatch, capsys, tmp_path, stage, fault):
     function, calls = getattr(bench, stage), []
 
     def stop(*args, **kwargs):
         calls.append(0)
         if stage == "time_once" and len(calls) < 3:  # two places are finished
             return function(*args, **kwargs)
-        raise KeyboardInterrupt
+        if fault == signal.SIGTERM:
+            signal.raise_signal(fault)
+        raise fault("no more\nof it")
 
     monkeypatch.setattr(bench, stage, stop)
     (tmp_path / "results.json").write_text("of an earlier run")
-    assert run(monkeypatch, *SMALL, "--batch-sizes", 1, 64, "--out", tmp_path) == 130
+    assert run(monkeypatch, *SMALL, "--batch-sizes", 1, 64, "--out", tmp_path) == (1 if fault is MemoryError else 130)
+    assert ("error: MemoryError: no more\n" in capsys.readouterr().err) == (fault is MemoryError)
     text = (tmp_path / "results.json").read_text()
     if stage == "cpu_limits":
         assert text == "of an earlier run"  # nothing new: nothing is lost

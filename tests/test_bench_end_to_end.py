@@ -153,6 +153,11 @@ def test_configurations(monkeypatch, tmp_path):
     assert {"--actor-sparsity=0.96", "--critic-sparsity=0.88"} <= {*found["RLx2 96/88"].command}
     assert found["SB3"].command[2:] == ["stable_baselines3", "Ant-v4", "256", "3000"]
     assert found["SBX (JAX)"].command[2:] == ["sbx", "Ant-v4", "256", "3000"]
+    kernels = {label: [x for x in run.command if x.startswith("--kernel=")] for label, run in found.items()}
+    sparse = {label for label in found if label.startswith(("1:", "2:", "RLx2"))}
+    for label in found:  # the C kernels or an error, never torch for want of a compiler
+        wanted = "--kernel=torch" if "torch" in label and label in sparse else "--kernel=nm"
+        assert kernels[label] == ([wanted] if label in sparse and not label.endswith("GPU") else [])
     args.labels, args.env_id = ("dense", "RLx2 98/95"), "Hopper-v4"
     assert [*bench.configurations(args)] == ["dense", "RLx2 98/95"]
     narrow = bench.narrow_hidden_dim("Ant-v4", 256, "1:8")

@@ -1,6 +1,7 @@
 """check_fork.py passes what is right and names what is not, for each thing that it looks at."""
 
 import os
+import re
 import subprocess
 import sys
 import time
@@ -28,6 +29,24 @@ FAULTS = {
     INIT: f"        networks['qf1'].net.fc1.bias.requires_grad_(False)\n{INIT}",
 }
 
+EVALUATED = {  # evaluations change training and each other; the first one comes late
+    "def evaluate(actor": "CALLS = []\n\n\ndef evaluate(actor",
+    "    with evaluating(actor):\n        for seed in seeds:": "    CALLS.append(0)\n    with evaluating(actor):\n"
+    "        for seed in seeds:",
+    "env.step(act(actor, obs).numpy())": "env.step(act(actor, obs / len(CALLS)).numpy())",
+    "exploration_scale * torch.randn(low.shape,": "(1 + len(CALLS)) * exploration_scale * torch.randn(low.shape,",
+    "run.log(0, run.density | run.evaluate(agent.actor, eval_seeds, 0))": "run.log(0, run.density)",
+}
+
+
+def fork(path, name, edits):
+    text = (ROOT / name).read_text()
+    for old, new in edits.items():
+        assert text.count(old) == 1, old
+        text = text.replace(old, new)
+    path.write_text(text)
+    return path
+
 
 def check(monkeypatch, capsys, *words):
     monkeypatch.setattr(sys, "argv", ["check_fork.py", *map(str, words)])
@@ -53,12 +72,8 @@ def test_what_is_right_passes(dense, monkeypatch, capsys, tmp_path):
 @pytest.mark.slow
 def test_each_fault_is_named(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(check_fork.tempfile, "tempdir", str(tmp_path))
-    text = (ROOT / "rnm_td3_continuous.py").read_text()
-    for old, new in FAULTS.items():
-        assert text.count(old) == 1, old
-        text = text.replace(old, new)
-    (tmp_path / "fork.py").write_text(text)
-    code, found, err = check(monkeypatch, capsys, tmp_path / "fork.py", *FLAGS)
+    path = fork(tmp_path / "fork.py", "rnm_td3_continuous.py", FAULTS)
+    code, found, err = check(monkeypatch, capsys, path, *FLAGS)
     assert (code, err) == (1, "") and found["repeats"] == "NOT ALIKE: --seed 4321 begins as --seed 1 does"
     assert (
         found["resumes"].startswith("NOT ALIKE: first at step ") and "tensors of model.pt, such as" in found["resumes"]
@@ -67,6 +82,19 @@ def test_each_fault_is_named(monkeypatch, capsys, tmp_path):
     assert found["keeps"].startswith("NOT ALIKE: error: ") and "; the run itself had return -" in found["keeps"]
     assert found["trains"] == "all but qf1.fc1.bias, qf1_target.fc1.bias"
     assert (next(tmp_path.glob("check_fork_*")) / "whole").is_dir()  # to look at
+
+
+@pytest.mark.slow
+def test_evaluations_that_change_something_and_masks_that_do_not(monkeypatch, capsys, tmp_path):
+    monkeypatch.setattr(check_fork.tempfile, "tempdir", str(tmp_path))
+    path = fork(tmp_path / "fork.py", "rlx2_td3_continuous.py", EVALUATED)
+    more = ["--mask-update-interval=2000", "--delay-nstep=300", "--kernel=torch"]
+    more += ["--actor-sparsity=0", "--critic-sparsity=0.5"]
+    code, found, err = check(monkeypatch, capsys, path, *FLAGS, *more)
+    assert (code, err) == (1, "") and found["repeats"].startswith("NOT ALIKE: first at step ")
+    assert "--seed" not in found["repeats"]  # nothing is known of what they begin with
+    assert re.match(r"NOT ALIKE: .*return -[^;]*; the run itself had return -", found["keeps"])
+    assert found["warning:"].startswith("the topology of ") and "shrinks" not in str(found)
 
 
 def test_runs_of_two_seeds_differ_and_where(dense, small):

@@ -175,7 +175,7 @@ def test_what_makes_another_run(grid, tmp_path):
 
 def test_labels():
     """The script, and the flags that not all have; of one command all."""
-    assert run_grid.shorten(("a/b_continuous.py --n 1",)) == {"a/b_continuous.py --n 1": "b --n 1"}
+    assert run_grid.shorten(("a/b.py --n 1",)) == {"a/b.py --n 1": "b --n 1"}
     labels = run_grid.shorten(("x.py --n 1 --m 8", "y.py --m 8 --k", "y.py --m  8"))
     assert [*labels.values()] == ["x --n 1 --m 8", "y --m 8 --k", "y --m  8"]
     assert [*run_grid.shorten(("x.py --n 1 --m 8", "y.py --m 8 --k")).values()] == ["x --n 1", "y --k"]
@@ -186,7 +186,7 @@ def test_a_resumed_run_has_today_s_tracking_and_checkpoints(tmp_path):
     command = f"{ROOT}/dense_td3_continuous.py {flags}"
     run = run_grid.make_run(command, "dense", "toy_envs:Reach-v0", 3, str(tmp_path))
     again = "--no-track --wandb-project-name nm-sparse-rl --wandb-entity me --checkpoint-interval 50 --no-capture-video"
-    assert run.resume_argv == again.split()
+    assert run.resume_argv == [*again.split(), "--keep-replay"]
     free = "runs_dir resume evaluate track wandb_project_name wandb_entity checkpoint_interval capture_video"
     assert {*run.defaults} - {*run.identity} == {*free.split(), "keep_replay", "threads"}
 

@@ -1,27 +1,39 @@
-"""run_grid.py on a real SLURM of two cores: python -m pytest -m slurm (ten minutes; skipped without a node)."""
+"""run_grid.py and SLURM: what sbatch gets, and with `python -m pytest -m slurm` a real one of two cores (ten minutes;
+skipped without a node)."""
 
 import re
 import shutil
 import subprocess
 import sys
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from conftest import ROOT, assert_same_run, flags, read_meta
+
+import run_grid
 
 
 def shell(*words):
     return subprocess.run(words, capture_output=True, text=True).stdout
 
 
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.slurm,
-    pytest.mark.skipif(not shutil.which("sinfo") or not shell("sinfo", "-h", "-N"), reason="SLURM has no node here"),
-]
+def test_what_sbatch_gets(monkeypatch, capsys):
+    """Tasks of what is not finished, and a signal a tenth of the time before its end, a minute at least."""
+    for minutes, signal in ((2, 60), (240, 1440)):
+        calls, grid = [], [SimpleNamespace(state=state, threads=1) for state in ("stopped", "finished", "missing")]
+        done = SimpleNamespace(returncode=0, stdout="7\n")
+        monkeypatch.setattr(subprocess, "run", lambda words, calls=calls, done=done, **_: calls.append(words) or done)
+        args = run_grid.Args(("a.py",), ("A-v0",), workers=2, slurm_partition="cpu", slurm_time=minutes)
+        assert run_grid.submit(grid, args) == 0 and capsys.readouterr().out.startswith("job 7: 2 runs")
+        wanted = {"sbatch", "--array=0,2%2", f"--time={minutes}", f"--signal=B:USR1@{signal}", "--partition=cpu"}
+        assert wanted <= {*calls[0]}
 
 
+@pytest.mark.slow
+@pytest.mark.slurm
+@pytest.mark.skipif(not shutil.which("sinfo") or not shell("sinfo", "-h", "-N"), reason="SLURM has no node here")
 def test_eight_runs_through_requeue_time_limit_and_scancel(tmp_path):
     """Each is in the end what a local grid makes, bit for bit."""
     common = [flag for flag in flags(checkpoint_interval=500, eval_interval=4000) if "env" not in flag]

@@ -251,6 +251,14 @@ def test_an_optimizer_with_unknown_moments_is_refused_by_name(rnm):
     assert torch.equal(scattered(layer, state["momentum_buffer"]), momentum * layer.E)
 
 
+def test_an_optimizer_with_moments_in_a_dict_is_refused(rnm):
+    agent = make_agent(rnm, n=1, m=4)[2]
+    weights = agent.qf1.net.fc2.active_weights
+    agent.q_optimizer.state[weights] = {"step": 1, "momenta": [torch.zeros_like(weights)]}
+    with pytest.raises(AttributeError, match="momenta"):
+        rnm.refresh_masks(agent)
+
+
 def numpy_forward(net, *inputs):
     """[fc1, relu, fc2, relu, head] in float64."""
     x = np.concatenate([np.asarray(i, np.float64) for i in inputs], axis=1)

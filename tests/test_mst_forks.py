@@ -1,5 +1,7 @@
 """Forks of mst_td3_continuous.py, made from its text: each computes what its text says, across changes of masks."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import ROOT, load, read_meta, read_rows, stop_at
@@ -106,6 +108,35 @@ def test_forks_run_and_resume(fork, small, cli, monkeypatch, name):
     assert {key.split("/")[1] for key in last if key.startswith("plasticity/")} == nets
     for net in nets:
         assert 0 <= float(last[f"plasticity/{net}/dormant"]) <= 1 and float(last[f"plasticity/{net}/gradient_norm"]) > 0
+
+
+def test_a_learned_normalisation_has_a_target_of_its_own(mst, monkeypatch, small):
+    class Norm(torch.nn.LayerNorm):
+        def update(self, _obs):
+            pass
+
+    def make_networks(args, env, make=mst.make_networks):
+        nets = make(args, env)
+        for net in nets.values():
+            net.obs_norm = Norm(env.observation_space.shape)
+        return nets
+
+    monkeypatch.setattr(mst, "make_networks", make_networks)
+    run = mst.train(small(mst, total_timesteps=200))["run_dir"]
+    model = torch.load(Path(run, "model.pt"), weights_only=True)
+    online, target = ((model[net]["obs_norm.weight"] - 1).abs().max() for net in ("qf1", "qf1_target"))
+    assert 0 < target < 0.5 * online
+
+
+def test_an_encoder_stays_dense_and_takes_nothing_from_the_critics(mst):
+    args, env = mst.Args(**OPTIONS | {"critic_nm": None}), spaces(11, 3)
+    encoder = torch.nn.Sequential(mst.Block(64), mst.Block(64))
+    densities = []
+    for more in ({}, {"encoder": encoder}):
+        sparse = mst.sparsify(mst.make_networks(args, env) | more, args)
+        densities.append([layer.E.double().mean() for layer in mst.sparse_layers(sparse["qf1"]).values()])
+    assert densities[0] == densities[1] and len(densities[0]) == 4
+    assert not mst.sparse_layers(encoder)
 
 
 def test_one_relu_for_all_blocks_counts_in_each(mst):

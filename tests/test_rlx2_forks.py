@@ -146,6 +146,36 @@ def test_an_optimizer_with_numbers_of_its_own(rlx2, monkeypatch):
     assert not any(torch.equal(E, masks[name]) for name, E in rlx2.get_masks(agent).items())
 
 
+def test_a_change_moves_each_number_once(rlx2):
+    """Also if online and target network are one, and if an optimizer keeps its moments in dicts and lists."""
+    _, _, agent, _, _ = make(rlx2)
+    agent.qf1_target, (critic,) = agent.qf1, agent.networks[1:2]
+    layers, old = rlx2.sparse_layers(critic.online).values(), {}
+    for layer in layers:
+        moments = [x * layer.active_weights.detach() for x in (2, 3)]
+        agent.q_optimizer.state[layer.active_weights] = {"step": 7, "momenta": {0.9: moments[0], "more": [moments[1]]}}
+        old[layer] = layer.sparse_weight().detach()
+    with rlx2.dense_gradients([critic]) as gradients:
+        sum(weight.sum() for weight in gradients.values()).backward()
+    rlx2.change_topology(agent, [critic], gradients, 0.3, "set", rlx2.drop_and_grow)
+    for layer in layers:
+        state = agent.q_optimizer.state[layer.active_weights]
+        stayed = layer.E & (old[layer] != 0)
+        assert 0 < int(stayed.sum()) < len(layer.positions)
+        assert torch.equal(layer.sparse_weight(), torch.where(stayed, old[layer], 0))
+        for factor, x in ((2, state["momenta"][0.9]), (3, state["momenta"]["more"][0])):
+            assert torch.equal(x, factor * layer.active_weights) and state["step"] == 7
+
+
+def test_a_schedule_that_begins_late_gets_no_warning(rlx2, monkeypatch, capsys):
+    args = make(rlx2)[0]
+    for last in (999, 1000):  # updates are 1 to 999
+        monkeypatch.setattr(rlx2, "drop_fractions", lambda _, x, last=last: {"actor": 0.1} if x == last else {})
+        rlx2.check_schedule(args)
+        warned = [line.split(" of ")[1].split()[0] for line in capsys.readouterr().err.splitlines() if " of " in line]
+        assert warned == (["critics"] if last == 999 else ["critics", "actor"])
+
+
 def test_a_rule_must_return_each_place_once(rlx2):
     _, _, agent, _, _ = make(rlx2)
     critics = agent.networks[1:]
