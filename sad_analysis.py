@@ -208,11 +208,12 @@ def load_run(folder: Path) -> Run:
     frame = pd.read_csv(folder / "metrics.csv").astype(float)
     metrics = frame.groupby(frame.pop("global_step").astype(int)).last()  # W&B has rows twice after a resume
     args, script = meta["args"], meta["script"]
-    if metrics.index[-1] != args["total_timesteps"]:
-        raise UserError(f"damaged: metrics.csv ends at step {metrics.index[-1]} of {args['total_timesteps']}")
+    if (end := metrics.index[-1]) != (total := args["total_timesteps"]):
+        cause = f"rows are lost, or a fork stopped early (then write {end} into its meta.json)"
+        raise UserError(f"metrics.csv ends at step {end} of total_timesteps = {total}: {cause}")
     evaluations = metrics["eval/episodic_return"].dropna()
-    every = int(args.get("eval_interval") or args["total_timesteps"])
-    if missing := {*range(0, args["total_timesteps"], every)} - {*evaluations.index}:
+    every = int(args.get("eval_interval") or total)
+    if missing := {*range(0, total, every)} - {*evaluations.index}:
         raise UserError(f"it has no evaluation at step {min(missing)}: rows are lost, or tracking began at a resume")
     score = final_score([list(pair) for pair in evaluations[evaluations.index > 0].items()])
     if not math.isclose(score, meta["final_score"], rel_tol=1e-9, abs_tol=1e-9):
@@ -381,12 +382,12 @@ def settled_step(pairwise: pd.DataFrame) -> float:
 
 
 def before_end(steps: np.ndarray, window: float) -> int:
-    """Index of the mask that was in use `window` steps before the last refresh."""
+    """Index of the last mask that masks.npz has of at least `window` steps before the last refresh."""
     return max(0, int(np.searchsorted(steps, steps[-1] - window, side="right")) - 1)
 
 
 def settled_sad(run: Run, window: float) -> float:
-    """SAD from the mask `window` steps before the last refresh to the final one, mean of the networks.
+    """SAD from the mask at least `window` steps before the last refresh to the final one, mean of the networks.
 
     NaN for dense, and with a K longer than the window: then no other mask is that young.
     """
@@ -785,7 +786,7 @@ def draw_sad_return(study: Study, resamples: int) -> Figure:
     for c in study.moving:
         label = f"{c.label} ({count(len(study.pairs(c)), 'run')})"
         ax.scatter(*study.pairs(c).T, color=c.look["color"], marker=c.marker, s=22, alpha=0.8, label=label)
-    what = f"SAD from the mask {study.window:,.0f} steps before the last refresh to the final one"
+    what = f"SAD from the mask at least {study.window:,.0f} steps before the last refresh to the final one"
     ax.set(xlabel=f"settled {what} (of active)", ylabel="final score")
     ax.set_title("\n".join(textwrap.fill(text, 100) for text in texts), fontsize=8, loc="left")
     return add_legend(figure)
@@ -886,7 +887,8 @@ on" tells where the others ran. Settled SAD: mean over seeds. Settled step: from
 final one, at the latest (median; inf: only the final mask is).
 """
 TIMES = """Steps and core minutes until an evaluation first returned 50, 75, 90 % of dense's score: medians (of an even
-number the higher one); inf: half of the seeds or more never did. Gain at equal core minutes: as gain, but of the two
+number the higher one); inf: half of the seeds or more never did. One evaluation is enough, also in a run that scores
+less in the end. Gain at equal core minutes: as gain, but of the two
 runs of a seed the one that used more CPU time is stopped when it had used as much as the other; its score is of as
 large a share of its evaluations. Other work on the machine adds to core minutes."""
 # Columns that the first table leaves out.
@@ -1008,7 +1010,7 @@ def condition_texts(study: Study) -> list[str]:
 def study_lines(study: Study, resamples: int) -> list[str]:
     """What stands below a study's table."""
     lines, alone = [], [c.label for c in study.configurations if c.first.pattern != "dense" and not study.dense(c)]
-    settled = f"Settled SAD (from the mask {study.window:,.0f} steps before the last refresh to the final one)"
+    settled = f"Settled SAD (from the mask at least {study.window:,.0f} steps before the last refresh to the final one)"
     sections = {
         "Not compared with dense, for want of dense runs of the same setting and width:": alone,
         f"{settled} and final score, within configurations:": correlation_texts(study, resamples),

@@ -120,7 +120,7 @@ def test_a_real_run(rnm, dense, small, total):
     assert 0 < sa.flops_per_update(loaded.meta) < sa.flops_per_update(other.meta)
 
 
-def test_arguments_are_sorted(rnm, dense, mst):
+def test_arguments_are_sorted(rnm, dense, rlx2, mst):
     """Whoever adds an argument says whether it must agree, is of no consequence, or tells configurations apart."""
     known, own = {*sa.SETTING, *sa.NEUTRAL}, {field.name for field in dataclasses.fields(mst.Args)}
     assert known < own and own - known == {*sa.MST, *sa.IN_PATTERN["critic_regime"]}
@@ -128,6 +128,12 @@ def test_arguments_are_sorted(rnm, dense, mst):
     known -= own - {field.name for field in dataclasses.fields(rnm.Args)}
     assert {field.name for field in dataclasses.fields(dense.Args)} == known - {"kernel"} | {"hidden_dim"}
     assert {field.name for field in dataclasses.fields(rnm.Args)} == known | {"n", "m", *sa.DEFAULTS}
+    assert {field.name for field in dataclasses.fields(rlx2.Args)} == known | {
+        "hidden_dim",
+        *sa.RLX2,
+        *sa.IN_PATTERN["topology"],
+    }
+    assert sa.RLX2 == {name: getattr(rlx2.Args(), name) for name in sa.RLX2}
     assert sa.DEFAULTS == {name: getattr(rnm.Args(), name) for name in sa.DEFAULTS}
 
 

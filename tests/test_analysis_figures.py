@@ -109,6 +109,40 @@ def test_committed_tables_are_what_the_committed_runs_give(monkeypatch, capsys, 
     assert (tmp_path / "summary.md").read_text() == (folder / "summary.md").read_text()
 
 
+def test_figures_of_scores_and_of_settling_by_hand(tmp_path):
+    scores = {1000: [100.0, 110.0, 180.0], 3000: [50.0, 70.0, 60.0], 0: [20.0, 10.0, 40.0]}
+    for K, own in scores.items():
+        for seed, score in enumerate(own, 1):
+            make_run(tmp_path / f"{K}_{seed}", seed=seed, score=score, args={"mask_update_interval": K})
+    (study,), _, _ = load(tmp_path)
+    assert [c.label for c in study.configurations] == ["1:4", "1:4, K = 3,000", "1:4, static masks"]
+    mean = {
+        K: sa.final_score([[step, step / 30_000] for step in range(3000, 30_001, 3000)]) * sum(own) / 3
+        for K, own in scores.items()
+    }  # of three the IQM is the mean
+    moved = {
+        c.first.args["mask_update_interval"]: [sa.settled_sad(run, math.inf) for run in c.runs]
+        for c in study.configurations
+    }
+    returns, sad = sa.draw_interval(study, 100).axes
+    for ax, wanted in ((returns, mean), (sad, {K: sum(own) / 3 for K, own in moved.items()})):
+        (line,) = (line for line in ax.lines if line.get_label() == "1:4")
+        assert line.get_ydata() == pytest.approx([wanted[1000], wanted[3000]]) and list(line.get_xdata()) == [0, 1]
+        points = [line for line in ax.lines if len(line.get_xdata()) == 1]
+        assert [line.get_ydata()[0] for line in points] == pytest.approx([wanted[K] for K in (1000, 3000, 0)])
+        assert [text.get_text() for text in ax.get_xticklabels()] == ["1,000", "3,000", "static"]
+    assert "final score" in returns.get_ylabel() and "SAD" in sad.get_ylabel() and moved[1000] > moved[3000] > moved[0]
+    (ax,) = sa.draw_scores(study, 100).axes
+    assert [line.get_xdata()[0] for line in ax.lines[1::2]] == pytest.approx([mean[K] for K in (1000, 3000, 0)])
+    dots = [sorted(points.get_offsets()[:, 0] / 100) for points in ax.collections]
+    assert [len(own) for own in dots] == [3] * 3 and dots[0][2] / dots[0][0] == pytest.approx(1.8)
+    (ax,) = sa.draw_sad_return(study, 100).axes
+    assert len(ax.collections) == len(study.moving) == 2
+    for points, c in zip(ax.collections, study.moving, strict=True):
+        settled = [sa.settled_sad(run, study.window) for run in c.runs]
+        assert np.asarray(points.get_offsets()) == pytest.approx(np.column_stack([settled, c.scores]))
+
+
 def test_topologies_without_structure_beside_nm(dense, rnm, rlx2, small, monkeypatch, capsys, tmp_path):
     """Real runs of all three scripts: names, order, the equally small dense network, figures, thinning, damage."""
     plain = {"nstep": 1, "dynamic_buffer": False}

@@ -3,12 +3,15 @@
 import copy
 import io
 from collections import OrderedDict, deque
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import torch.nn as nn
 from conftest import ROOT, SMALL, assert_same_run, load, read_rows, stop_at
+
+import sad_analysis as sa
 
 
 def finish(module, monkeypatch, folder, stop=300, **settings):
@@ -266,6 +269,11 @@ def test_a_run_that_leaves_its_loop_early_is_one_of_as_many_steps(twin, small, t
     early, whole = fork.train(small(fork)), twin.train(small(twin, total_timesteps=250))
     assert early["exit_reason"] == "finished" and early["final_score"] == whole["final_score"]
     assert_same_run(early["run_dir"], whole["run_dir"])
+    with pytest.raises(sa.UserError, match=r"ends at step 250 of .* = 400: .*then write 250 into its meta\.json"):
+        sa.load_run(Path(early["run_dir"]))
+    meta = Path(early["run_dir"], "meta.json")
+    meta.write_text(meta.read_text().replace('"total_timesteps": 400', '"total_timesteps": 250'))
+    assert sa.load_run(meta.parent).metrics.index[-1] == 250
 
 
 def test_numbers_of_any_type_are_logged(script, small, monkeypatch):
