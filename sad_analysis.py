@@ -886,11 +886,11 @@ seeds that ran on the kind of CPU (with as many threads) on which most of dense'
 on" tells where the others ran. Settled SAD: mean over seeds. Settled step: from there on the mask is within 10 % of the
 final one, at the latest (median; inf: only the final mask is).
 """
-TIMES = """Steps and core minutes until an evaluation first returned 50, 75, 90 % of dense's score: medians (of an even
-number the higher one); inf: half of the seeds or more never did. One evaluation is enough, also in a run that scores
-less in the end. Gain at equal core minutes: as gain, but of the two
-runs of a seed the one that used more CPU time is stopped when it had used as much as the other; its score is of as
-large a share of its evaluations. Other work on the machine adds to core minutes."""
+TIMES = """Steps and core minutes until an evaluation first returned 50, 75, 90 % of dense's score: medians (of an
+even number the higher one); inf: half of the seeds or more never did. One evaluation is enough, also in a run that
+scores less in the end. Gain at equal core minutes: as gain, but of the two runs of a seed the one that used more CPU
+time is stopped when it had used as much as the other; its score is of as large a share of its evaluations. Other work
+on the machine adds to core minutes."""
 # Columns that the first table leaves out.
 HIDDEN = f"setting|script|exp_name|n|m|kernel|.*_low|.*_high|.*_to_..|gain_at_.*|{'|'.join(DEFAULTS)}"
 COLUMNS = "dense of_dense gain gain_pairs p_better default default_gain default_gain_pairs".split()
