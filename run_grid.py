@@ -64,7 +64,7 @@ class Args:
     slurm_partition: str | None = None
     """make a SLURM job array of what is not finished, in this partition"""
     slurm_time: int = 240
-    """minutes until SLURM stops a run, >= 2; in the last tenth its episode ends, then it is queued again and resumed"""
+    """minutes until SLURM stops a run, >= 2; its episode must end in the last tenth, or minute, then it is requeued"""
     task: int | None = None
     """number of the one run to bring to its end, from 0; the job array uses it"""
 
