@@ -12,8 +12,8 @@
 Runs have 2,500 steps and small networks, unless your flags say otherwise (30 updates and the times of `repeats` are
 fixed): it takes some minutes. A fork can pass and still be wrong: what it does after these steps is not seen (bring it
 forward by flags), and whether your loss is the one that you mean, no comparison can tell. What is not alike keeps its
-runs, and a line says where. Remedies are in the README's "Forking it". Exit codes: 0 all alike, 1 not, 2 a run or a
-comparison failed, 130 stopped.
+runs, and a line says where. Remedies are in docs/forking.md. Exit codes: 0 all alike, 1 not, 2 a run or a comparison
+failed, 130 stopped.
 """
 
 import json

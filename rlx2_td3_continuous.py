@@ -400,7 +400,7 @@ class State:
     def __init__(self):
         self.global_step, self.update = 0, 0  # environment steps taken, critic updates done
         self.losses = {}  # of the last updates
-        self.form = None  # of Agent's and State's networks and optimizers, at the first checkpoint
+        self.form = None  # types, shapes of networks and optimizers at the first checkpoint
         self.evaluations = []  # [global_step, mean return], but for the one at step 0
         self.times, self.csv_bytes = [0.0, 0.0], 0  # training seconds by wall and CPU clock, length of metrics.csv
 
@@ -479,7 +479,7 @@ def shrink_replay(rb: "ReplayBuffer", actor: Actor, args: Args) -> dict[str, flo
 
 
 def train(args: Args) -> dict:
-    """Train; returns run_dir, exit_reason and final_score. README: what is logged, and the files of a run."""
+    """Train; returns run_dir, exit_reason and final_score. docs/logging.md: what is logged, a run's files."""
     torch.set_num_threads(args.threads)
     env = make_env(args.env_id)
     rng = make_generators(args.seed, args.device)

@@ -13,7 +13,7 @@ Train with `python rnm_td3_continuous.py --env-id Ant-v4 --n 1 --m 8`, go on wit
 trained policy with --evaluate runs/<run_name>. Decisions where the paper's abstract and figure are silent:
   D1  Groups never straddle rows; a row's last group of r < M columns keeps min(N, r). Ties: the lower column stays.
   D2  Only packed active weights are trained; the rest keep value and Adam moments (0 at first; one step count for all).
-  D3  A target network has a W of its own and the online network's mask; its active weights follow by Polyak.
+  D3  A target network has its own W and the online network's mask: active weights follow by Polyak, others rest.
   D4  K counts critic updates; all masks change together, after the evaluation of that step, never at the last step.
   D5  Input and hidden layers are N:M; the output layer is only with --sparse-head; biases never are.
   D6  W starts as nn.Linear initialises it; the first mask is P_{N:M}(W).
@@ -164,7 +164,7 @@ class SparseLinear(nn.Module):
 
     Only `active_weights` [kept], the weights at which E is True, row after row, and `bias` are parameters: an inactive
     weight has no gradient and no place in the optimizer, so it can't move (D2). It rests in the dense W [out, in], its
-    Adam moments in exp_avg and exp_avg_sq, until a new mask takes it in; these are not kept current where E is True.
+    Adam moments in exp_avg and exp_avg_sq, until a new mask takes it in; where E is True these three are out of date.
     """
 
     def __init__(self, linear: nn.Linear, n: int, m: int):
@@ -179,7 +179,7 @@ class SparseLinear(nn.Module):
         self.register_parameter("bias", linear.bias)
 
     def set_mask(self, E: torch.Tensor) -> None:
-        """Take a new mask [out, in], whose rows may differ in length but which must keep as many weights in all."""
+        """Move the positions to a mask [out, in] that keeps as many weights in all; active_weights are the caller's."""
         positions = E.flatten().nonzero()[:, 0]
         if E.shape != self.shape or len(positions) != len(self.positions):
             raise ValueError(f"a mask {list(self.shape)} must keep {len(self.positions)}, not {len(positions)}")
@@ -217,8 +217,8 @@ def sparsify(networks: dict[str, nn.Module], args: Args) -> dict[str, nn.Module]
 def refresh_masks(agent: "Agent") -> None:
     """Figure 1, right: active weights go back to W, W gives the new mask, W is read at the new positions (D2-D4).
 
-    Adam's moments travel in the same way. A weight that returns has the value and the moments that it had when it
-    left, in a target network too: both critics' values jump here, past the Polyak average.
+    Adam's moments travel in the same way. A weight that returns has the value (online also the moments) with which it
+    left, so that the outputs of online and target networks jump here, past the Polyak average.
     """
     optimizers = [part for part in vars(agent).values() if isinstance(part, optim.Optimizer)]
     trained = [id(x) for optimizer in optimizers for x in held(optimizer)]
@@ -226,17 +226,17 @@ def refresh_masks(agent: "Agent") -> None:
         for layer, target in zip(sparse_layers(net.online).values(), sparse_layers(net.target).values(), strict=True):
             if layer.active_weights.requires_grad and trained.count(id(layer.active_weights)) != 1:
                 raise ValueError(f"{net.name} needs one torch.optim.Optimizer, an attribute of Agent, to train it")
-            stores = [(x.W, x.get_parameter("active_weights")) for x in (layer, target)]  # raises if a fork computes it
+            stores = [(x.W, x.get_parameter("active_weights")) for x in (layer, target)]  # if not parametrized
             for state in (optimizer.state.get(layer.active_weights, {}) for optimizer in optimizers):
-                moments = {key: x for key, x in leaves(state).items() if torch.is_tensor(x) and x.dim()}  # Adam's two
+                moments = {key: x for key, x in leaves(state).items() if torch.is_tensor(x) and x.dim()}  # by name
                 stores += [(layer.get_buffer(key), x) for key, x in moments.items()]
-            for dense, packed in stores:
-                dense.put_(layer.positions, packed)
+            for stored, packed in stores:
+                stored.put_(layer.positions, packed)
             E = project(layer.W, layer.n, layer.m)
             layer.set_mask(E)
             target.set_mask(E)
-            for dense, packed in stores:
-                packed.copy_(dense.take(layer.positions))
+            for stored, packed in stores:
+                packed.copy_(stored.take(layer.positions))
 
 
 # --- shared: networks ---
@@ -316,7 +316,7 @@ class State:
     def __init__(self):
         self.global_step, self.update = 0, 0  # environment steps taken, critic updates done
         self.losses = {}  # of the last updates
-        self.form = None  # of Agent's and State's networks and optimizers, at the first checkpoint
+        self.form = None  # types, shapes of networks and optimizers at the first checkpoint
         self.evaluations = []  # [global_step, mean return], but for the one at step 0
         self.times, self.csv_bytes = [0.0, 0.0], 0  # training seconds by wall and CPU clock, length of metrics.csv
 
@@ -380,7 +380,7 @@ def update_agent(agent: Agent, rb: "ReplayBuffer", args: Args, rng: dict, update
 
 
 def train(args: Args) -> dict:
-    """Train; returns run_dir, exit_reason and final_score. README: what is logged, and the files of a run."""
+    """Train; returns run_dir, exit_reason and final_score. docs/logging.md: what is logged, a run's files."""
     torch.set_num_threads(args.threads)
     env = make_env(args.env_id)
     rng = make_generators(args.seed, args.device)

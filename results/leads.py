@@ -1,4 +1,4 @@
-"""Whether RLx2's and MST's orders show in their runs: `python results/leads.py` prints a table for each page.
+"""Whether RLx2's and MST's orders show in their runs: `python results/leads.py` prints the tables of their pages.
 
 The rule is that of rlx2/README.md and mst/README.md: of final scores paired by seed, three differences of one sign are
 a lead, anything else is open.
@@ -12,6 +12,7 @@ sys.path.insert(0, str(HERE.parent))
 import sad_analysis as sa  # noqa: E402
 
 SEEDS = 3
+NETS, GONE = ("actor", "qf1", "qf2"), sa.pd.Series([sa.math.nan])
 SMALL = "dense, "  # labels are known by how they begin; "dense" alone is all of its label
 RIVALS = "RigL ", "SET ", "static "
 QUESTIONS = {  # folders, the page's first -> does the first of each pair return more?
@@ -42,15 +43,34 @@ def compare(study, first: str, second: str) -> list[str]:
     return [study.setting["env_id"], names, ", ".join(f"{gain:,.0f}" for gain in gains), mean, verdict]
 
 
+def grown(study) -> list[list[str]]:
+    """Cells: environment, configuration, its seeds, and of each network the mean share, at the end of the runs, of the
+    active weights' squared norm that is outside the first mask; of configurations whose masks change."""
+    rows = []
+    for c in study.configurations:
+        ends = [[run.metrics.get(f"plasticity/{net}/grown_norm", GONE).iloc[-1] for net in NETS] for run in c.runs]
+        means = [sum(column) / len(column) for column in zip(*ends, strict=True)]
+        if max(means) > 0:  # not if NaN, of dense ones
+            rows.append([study.setting["env_id"], c.label, str(len(c.runs)), *(f"{100 * x:.3g} %" for x in means)])
+    return rows
+
+
+def print_table(header: list[str], rows: list[list[str]]) -> None:
+    print()
+    for cells in [header, ["---"] * len(header), *rows]:
+        print(f"| {' | '.join(cells)} |")
+
+
 def main() -> None:
     for folders, pairs in QUESTIONS.items():
         runs, bad = sa.load_all(sa.find_folders(tuple(str(HERE / folder) for folder in folders)))
         studies, replaced = sa.make_studies(runs)
         asked = [study for study in studies if find(study, pairs[0][0])]
-        header = ["environment", "scores", "by seed", "mean", "lead"]
-        print(f"\nresults/{folders[0]}\n")
-        for cells in [header, ["---"] * len(header)] + [compare(study, *pair) for study in asked for pair in pairs]:
-            print(f"| {' | '.join(cells)} |")
+        print(f"\nresults/{folders[0]}")
+        rows = [compare(study, *pair) for study in asked for pair in pairs]
+        print_table(["environment", "scores", "by seed", "mean", "lead"], rows)
+        if rows := [row for study in asked for row in grown(study)]:
+            print_table(["environment", "norm outside the first mask", "seeds", *NETS], rows)
         for name, reason in bad + replaced:
             print(f"\nNot in the table: {name}: {reason}")
 

@@ -222,7 +222,7 @@ def test_a_network_that_comes_late_is_said_at_the_next_checkpoint(dense, place, 
 
 @pytest.mark.parametrize("name, kernel", [("rnm", "nm"), ("rnm", "torch"), ("mst", "nm")])
 def test_a_network_that_is_replaced_is_the_network(name, kernel, tmp_path, monkeypatch, request):
-    """Two resets of the critics, as README says: masks, targets and a resume follow; each draws other weights."""
+    """Two resets of the critics as in docs/forking.md: masks, targets and a resume follow; each draws other weights."""
     script = request.getfixturevalue(name)
     update_agent, changes = script.update_agent, []
 

@@ -24,6 +24,7 @@ def study(**scores):
     return SimpleNamespace(name="a study", setting={"env_id": "Hopper-v4"}, configurations=configurations)
 
 
+KEY = "plasticity/{}/grown_norm"
 THREE = {1: 100, 2: 200, 3: 300}
 
 
@@ -53,11 +54,24 @@ def test_runs_that_are_told_apart_are_an_error():
         leads.find(study(**{"RLx2 90, code a": THREE, "RLx2 90, code b": THREE}), "RLx2 ")
 
 
+def test_the_norm_outside_the_first_mask():
+    """At the end, the mean of the seeds; neither dense networks nor masks that stay have a row."""
+
+    def runs(*ends):
+        return [SimpleNamespace(metrics=leads.sa.pd.DataFrame({KEY.format(net): x for net, x in end})) for end in ends]
+
+    some = [("actor", [0.0, 0.5]), ("qf1", [0.3, 0.2]), ("qf2", [0.0, 0.0])]
+    more = [("actor", [0.0, 0.1]), ("qf1", [0.3, 0.4]), ("qf2", [0.0, 0.0])]
+    found = [("moves", runs(some, more)), ("dense", runs([])), ("stays", runs([(net, [0.0]) for net in leads.NETS]))]
+    found = [SimpleNamespace(label=label, runs=own) for label, own in found]
+    rows = leads.grown(SimpleNamespace(setting={"env_id": "Hopper-v4"}, configurations=found))
+    assert rows == [["Hopper-v4", "moves", "2", "30 %", "30 %", "0 %"]]
+
+
 def test_the_pages_have_the_tables_of_their_runs(capsys):
     leads.main()
     tables = [part for part in capsys.readouterr().out.strip().split("\n\n") if part.startswith("|")]
-    assert len(tables) == 2
-    for folder, table in zip(("rlx2", "mst"), tables, strict=True):
+    for folder, table in zip(("rlx2", "mst", "mst"), tables, strict=True):
         assert table.count("\n") == 1 or table in (ROOT / f"results/{folder}/README.md").read_text()
 
 

@@ -15,6 +15,7 @@ from conftest import ROOT
 ENVS = ("HalfCheetah-v5", "Ant-v5")
 SCRIPTS = sorted(ROOT.glob("*.py"))
 README = (ROOT / "README.md").read_text()
+LOGGING = (ROOT / "docs/logging.md").read_text()
 KERNELS = r"^# --- kernels ---\n.*?^# --- end kernels ---\n"
 
 CHANGED_LINES = 177  # of the diff from dense to N:M, outside the kernels
@@ -170,14 +171,25 @@ def test_readme_names_every_flag_that_it_uses(dense, rnm, rlx2, mst):
             assert flags <= known, (name, flags - known)
 
 
-def test_readme_names_every_logged_key(script, small):
+def test_every_logged_key_is_explained(script, small):
     run = Path(script.train(small(script, total_timesteps=1))["run_dir"])
     columns = (run / "metrics.csv").read_text().split("\n")[0].split(",")
     assert len(columns) > 15
-    missing = {key for key in columns if not key.startswith("sad") and f"`{key}`" not in README}
-    missing |= {group for key in columns if f"`{(group := key.split('/')[0])}" not in README}  # of sad keys examples do
+    missing = {key for key in columns if not key.startswith("sad") and f"`{key}`" not in LOGGING}
+    missing |= {group for key in columns if f"`{(group := key.split('/')[0])}" not in LOGGING}  # of sad, examples
     assert not missing
-    assert "`global_step`" in README and "`hardware/" in README
+    assert "`global_step`" in LOGGING and "`hardware/" in LOGGING
+
+
+@pytest.mark.parametrize("path", sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("results/*/*.md")]))
+def test_links_lead_somewhere(path):
+    for link in re.findall(r"\]\(([^)\s]+)\)", path.read_text()):
+        if not link.startswith("https://"):
+            file, _, heading = link.partition("#")
+            target = (path.parent / file) if file else path
+            assert target.exists(), link
+            lines = target.read_text().lower().replace(" ", "-").splitlines() if heading else []
+            assert not heading or any(re.fullmatch(rf"#+-{heading}", line) for line in lines), link
 
 
 def test_readme_snippet_acts(rnm, small):
