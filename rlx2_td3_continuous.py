@@ -479,7 +479,7 @@ def shrink_replay(rb: "ReplayBuffer", actor: Actor, args: Args) -> dict[str, flo
 
 
 def train(args: Args) -> dict:
-    """Train; returns run_dir, exit_reason and final_score. docs/logging.md: what is logged, a run's files."""
+    """Train; returns run_dir, exit_reason and final_score. docs/logging.md: its keys and files."""
     torch.set_num_threads(args.threads)
     env = make_env(args.env_id)
     rng = make_generators(args.seed, args.device)
@@ -1028,11 +1028,9 @@ class Run:
         self.wandb = start_wandb(args, self.meta)
         self.start, self.spent = clock() - np.array(state.times), {"updates": np.zeros(2), "pauses": np.zeros(2)}
         self.last = np.array([state.global_step, state.update, state.times[0], 0.0])
-        self.terminal, step = sys.stderr.isatty(), state.global_step
-        file = None if self.terminal else open(os.devnull, "w")
-        self.bar = tqdm(
-            initial=step, total=args.total_timesteps, unit="step", dynamic_ncols=True, mininterval=0.5, file=file
-        )
+        self.terminal = sys.stderr.isatty()
+        options = {"initial": state.global_step, "unit": "step", "dynamic_ncols": True, "mininterval": 0.5}
+        self.bar = tqdm(total=args.total_timesteps, file=None if self.terminal else open(os.devnull, "w"), **options)
 
     def __enter__(self) -> "Run":
         self.handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -1070,9 +1068,11 @@ class Run:
             return False
 
     def say(self, message: str) -> None:
-        with contextlib.suppress(OSError):  # whoever reads this may be gone; the run goes on
+        try:
             self.bar.write(message)
             sys.stdout.flush()
+        except OSError:  # the reader is gone, the run goes on
+            sys.stdout = open(os.devnull, "w")
 
     def write_meta(self, **facts) -> None:
         self.meta |= facts

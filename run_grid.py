@@ -281,9 +281,11 @@ class Pool:
             run.stopped = True
 
     def say(self, message: str) -> None:
-        with contextlib.suppress(OSError):
+        try:
             tqdm.write(message)
             sys.stdout.flush()
+        except OSError:  # whoever reads this is gone; what is left unwritten would change the exit code
+            sys.stdout = open(os.devnull, "w")
 
     def run(self) -> None:
         for number in STOP_CODES:
@@ -379,9 +381,8 @@ def submit(grid: list[Run], args: Args) -> int:
     result = subprocess.run(["sbatch", *options], input=script, capture_output=True, text=True)
     if result.returncode:
         fail(f"sbatch: {result.stderr.strip()}")
-    print(
-        f"job {result.stdout.strip()}: {tasks.count(',') + 1} runs; see `squeue --me`, logs are in {args.runs_dir}/grid"
-    )
+    where = f"see `squeue --me`, logs are in {args.runs_dir}/grid"
+    print(f"job {result.stdout.strip()}: {tasks.count(',') + 1} runs; {where}")
     return 0
 
 

@@ -114,7 +114,7 @@ def grid(tmp_path):
         process = subprocess.Popen(
             argv,
             cwd=tmp_path,
-            env=os.environ | {"WANDB_TAGS": tags, "OMP_NUM_THREADS": "2"},
+            env=os.environ | {"WANDB_TAGS": tags, "OMP_NUM_THREADS": "2", "PYTHONUNBUFFERED": ""},
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -336,6 +336,21 @@ def test_a_stop_outlives_who_reads_its_message(rnm, small, monkeypatch):
     assert part["exit_reason"] == "sigterm" and checkpoint_step(part["run_dir"]) >= 210
 
 
+def test_a_reader_that_is_gone_leaves_the_exit_code(dense, tmp_path):
+    """As with `| tee log`: Python would end with 120 if it could not write the rest of stdout."""
+    command = [sys.executable, dense.__file__, *flags(env_id="toy_envs:Reach-v0", learning_starts=10**6), "--no-track"]
+    command += ["--runs-dir", str(tmp_path)]
+    environment = os.environ | {"PYTHONUNBUFFERED": ""}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment)
+    assert process.stdout.readline().endswith(b"started\n")
+    process.stdout.close()
+    process.stderr.close()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130
+    (meta,) = tmp_path.glob("**/meta.json")
+    assert read_meta(meta.parent)["exit_reason"] == "sigint"
+
+
 def test_an_evaluation_leaves_modes_as_they_were(dense, small):
     args = small(dense)
     actor = dense.make_networks(args, dense.make_env(args.env_id))["actor"]
