@@ -226,9 +226,9 @@ def refresh_masks(agent: "Agent") -> None:
         for layer, target in zip(sparse_layers(net.online).values(), sparse_layers(net.target).values(), strict=True):
             if layer.active_weights.requires_grad and trained.count(id(layer.active_weights)) != 1:
                 raise ValueError(f"{net.name} needs one torch.optim.Optimizer, an attribute of Agent, to train it")
-            stores = [(x.W, x.get_parameter("active_weights")) for x in (layer, target)]  # if not parametrized
+            stores = [(x.W, x.get_parameter("active_weights")) for x in (layer, target)]  # raises if parametrized
             for state in (optimizer.state.get(layer.active_weights, {}) for optimizer in optimizers):
-                moments = {key: x for key, x in leaves(state).items() if torch.is_tensor(x) and x.dim()}  # by name
+                moments = {key: x for key, x in leaves(state).items() if torch.is_tensor(x) and x.dim()}  # each [kept]
                 stores += [(layer.get_buffer(key), x) for key, x in moments.items()]
             for stored, packed in stores:
                 stored.put_(layer.positions, packed)
