@@ -1056,8 +1056,7 @@ def conditions(args: Args) -> dict:
 
 
 def write_report(args: Args, content: dict, summary: str, figures: dict[str, Figure], tables: dict) -> None:
-    """Print the summary; write results.json, results.csv (the first table), summary.md, figures and a W&B run."""
-    print(summary)
+    """Write results.json, results.csv (the first table), summary.md, figures and a W&B run; print the summary."""
     out, facts = Path(args.out), {key: content["conditions"][key] for key in ("cpu", "gpu", "date", "commit")}
     rows = [row | facts | {"torch": content["conditions"]["versions"]["torch"]} for row in next(iter(tables.values()))]
     try:
@@ -1070,7 +1069,9 @@ def write_report(args: Args, content: dict, summary: str, figures: dict[str, Fig
         for name, figure in figures.items():
             figure.savefig(out / f"{name}.png", dpi=200)
     except OSError as error:
+        print(summary)
         fail(f"{out} can't be written: {error}", 1)
+    print(summary)  # what is printed may find no reader, such as a `tee` that died of the same Ctrl-C
     if args.track:
         log_wandb(args, "benchmark", out, tables, [out / f"{name}.png" for name in figures])
     print(f"Written: results.json, results.csv, summary.md and a figure in {out}")

@@ -1,8 +1,10 @@
 """nm_kernel_bench.py on small layers: what it times, checks, writes and says."""
 
 import csv
+import io
 import itertools
 import json
+import os
 import signal
 import sys
 from functools import partial
@@ -246,6 +248,17 @@ def test_a_full_disk(monkeypatch, tmp_path, capsys):
     shown = capsys.readouterr()
     assert shown.err.splitlines()[-1].startswith("error: ") and shown.err.count("No space left") == 1
     assert "40 to 40" in shown.out  # what was measured is on the screen at least
+
+
+def test_without_a_reader_nothing_is_lost(monkeypatch, tmp_path):
+    """A Ctrl-C ends the `tee` that reads, too."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb", buffering=0) as gone, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", io.TextIOWrapper(gone, write_through=True))
+        with pytest.raises(BrokenPipeError):
+            run(monkeypatch, *SMALL, "--out", tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text())["layers"] and (tmp_path / "speedup.png").exists()
 
 
 def test_no_compiler(monkeypatch, tmp_path, capsys):
