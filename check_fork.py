@@ -218,7 +218,11 @@ def main() -> int:
             f"error: {refused or script}: a script, then flags of a new run; python check_fork.py -h", file=sys.stderr
         )
         return 2
-    folder = Path(tempfile.mkdtemp(prefix="check_fork_"))
+    try:
+        folder = Path(tempfile.mkdtemp(prefix="check_fork_"))
+    except OSError as error:
+        print(f"error: no temporary folder: {error}", file=sys.stderr)
+        return 2
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     try:
         alike = check(script, flags, folder)

@@ -344,6 +344,8 @@ def main() -> int:
         reason = (str(error) if " " in str(error) else repr(error)).strip().splitlines()[0]
         print(f"error: {args.run}: {reason}", file=sys.stderr)
         return code
+    except KeyboardInterrupt:
+        return 130
 
 
 if __name__ == "__main__":

@@ -4,9 +4,9 @@
   python nm_kernel_bench.py --device cuda    one layer on an NVIDIA GPU                 -> benchmark/kernels_cuda/
   python nm_kernel_bench.py --end-to-end     steps per second of whole training runs    -> benchmark/end_to_end/
 
-Results: results.json (all numbers), results.csv (the layers or the runs), summary.md (also printed), a figure, and a
-Weights & Biases run. Exit codes: 0 done, 1 something was wrong or failed, 2 bad input, 130 Ctrl-C or SIGTERM. What was
-measured until then is kept.
+Results: results.json (all numbers, written after each turn), results.csv (the layers or the runs), summary.md (also
+printed), a figure, and a Weights & Biases run. Exit codes: 0 done, 1 something was wrong or failed, 2 bad input, 130
+Ctrl-C or SIGTERM. What was measured until then is kept.
 
 Each product is compared with float64 before it is timed; a wrong one is reported instead. What is compared runs in
 turns, repeated, so that slow changes of the machine meet all alike. The N:M kernels have one thread, so layers are
@@ -108,7 +108,7 @@ class Args:
     steps: int = 3000
     """with --end-to-end: environment steps with updates in each run, >= 2000; the first 1000 are not counted"""
     out: str | None = None
-    """folder for results, unless named benchmark/kernels, benchmark/kernels_cuda or benchmark/end_to_end"""
+    """folder without results yet; unless named benchmark/kernels, benchmark/kernels_cuda or benchmark/end_to_end"""
     track: bool = True
     """mirror tables and figures to Weights & Biases (offline when not logged in)"""
     wandb_project_name: str = "nm-sparse-rl"
@@ -162,6 +162,8 @@ def check_args(args: Args) -> None:
         tempfile.TemporaryFile(dir=args.out).close()
     except OSError as error:
         fail(f"--out {args.out} can't be written: {error}")
+    if Path(args.out, "results.json").exists():
+        fail(f"--out {args.out} holds results already: move them, or name another folder")
 
 
 def parse(pattern: str) -> tuple[int, int]:
@@ -425,16 +427,16 @@ def measure_layers(args: Args, content: dict) -> None:
     places = [(*layer, batch) for layer, batch in itertools.product(layers, args.batch_sizes)]
     functions = {place: layer_functions(*place, args, content) for place in places}
     times = {place: {key: [] for key in own} for place, own in functions.items()}
-    try:
-        turns = list(functions.items()) * args.repetitions  # all layers in each repetition
-        for place, own in tqdm(turns, unit="layer", disable=None):
-            for key, value in time_once(own).items():
-                times[place][key].append(value)
-    finally:
+    for place, own in tqdm(list(functions.items()) * args.repetitions, unit="layer", disable=None):  # all in each turn
+        for key, value in time_once(own).items():
+            times[place][key].append(value)
+        content["layers"] = []
         for (inputs, outputs, batch), found in times.items():
             found = {key: values for key, values in found.items() if values}
             place = {"inputs": inputs, "outputs": outputs, "batch": batch}
             content["layers"] += layer_rows(found, place, content["conditions"]["peak_gflops"])
+        with contextlib.suppress(OSError):  # the report will tell
+            save(args, content)
 
 
 # What a time is divided by: the fastest of these. Column -> (its name, implementations).
@@ -852,7 +854,7 @@ def configurations(args: Args) -> dict[str, Run]:
     found[f"RLx2 {actor}/{critic}, one-step targets"] = Run(rlx2)
     peers = {label: module for label, module in PEERS.items() if importlib.util.find_spec(module)}
     if missing := [label for label in PEERS if label not in peers]:
-        print(f"without {' and '.join(missing)}: pip install stable-baselines3 sbx-rl")
+        say(f"without {' and '.join(missing)}: pip install stable-baselines3 sbx-rl")
     for label, module in peers.items():
         found[label] = Run(["-c", PEER, module, args.env_id, str(hidden), str(args.steps)])
     if CORES > 1:
@@ -908,25 +910,28 @@ def wait_for(process: subprocess.Popen, folder: Path) -> tuple[float, float | No
 
 def benchmark_training(args: Args) -> int:
     """Time the training scripts and their peers, in turns. A failing one is left out; Ctrl-C keeps what is measured."""
-    runs, code = configurations(args), 0
-    found = {label: [] for label in runs}
+    runs, code, found = configurations(args), 0, {}
+    narrow = narrow_hidden_dim(args.env_id, args.hidden_dims[0], args.patterns[-1])
+    content = {"conditions": conditions(args), "narrow_hidden_dim": narrow, "rate_update_ms_peak_mib": found}
     try:
         for label in tqdm(list(runs) * args.repetitions, unit="run", disable=None):
             if label not in runs:
                 continue
             try:
-                found[label].append(run_once(runs[label]))
-                tqdm.write(f"{label}: {found[label][-1][0]:.0f} steps/s", file=sys.stderr)
+                result = run_once(runs[label])
+                found.setdefault(label, []).append(result)
+                message = f"{label}: {result[0]:.0f} steps/s"
             except Exception as error:  # whatever it is, it must not cost what is measured
                 code = 1
                 del runs[label]
-                tqdm.write(f"error: {label}: {error}", file=sys.stderr)
+                message = f"error: {label}: {error}"
+            with contextlib.suppress(OSError):  # the report will tell
+                save(args, content)
+            with contextlib.suppress(OSError):  # nobody reads
+                tqdm.write(message, file=sys.stderr)
     except KeyboardInterrupt:
         code = 130
-    found = {label: results for label, results in found.items() if results}
     if found:
-        narrow = narrow_hidden_dim(args.env_id, args.hidden_dims[0], args.patterns[-1])
-        content = {"conditions": conditions(args), "narrow_hidden_dim": narrow, "rate_update_ms_peak_mib": found}
         rows = [
             {"configuration": label, "steps_per_second": rate, "ms_per_update": ms, "peak_mib": mib}
             for label, results in found.items()
@@ -1042,7 +1047,16 @@ def conditions(args: Args) -> dict:
     if args.device == "cuda":
         versions |= {"cuda": torch.version.cuda, "cusparselt": torch.backends.cusparselt.version()}
     model = re.search(r"model name\s*: (.*)", CPUINFO)
-    describe = ["git", "-C", str(HERE), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+    describe = [
+        shutil.which("git") or "true",
+        "-C",
+        str(HERE),
+        "describe",
+        "--always",
+        "--dirty",
+        "--abbrev=40",
+        "--exclude=*",
+    ]
     return {
         "args": {name: value for name, value in asdict(args).items() if name != "out"},
         "cpu": model[1] if model else platform.machine(),
@@ -1055,12 +1069,20 @@ def conditions(args: Args) -> dict:
     }
 
 
+def save(args: Args, content: dict) -> None:
+    """results.json: the old or the new one is there, whole."""
+    temporary = Path(args.out, "results.json.tmp")
+    temporary.write_text(json.dumps(content, indent=1) + "\n")
+    temporary.replace(temporary.with_suffix(""))
+
+
 def write_report(args: Args, content: dict, summary: str, figures: dict[str, Figure], tables: dict) -> None:
     """Write results.json, results.csv (the first table), summary.md, figures and a W&B run; print the summary."""
+    say(summary)
     out, facts = Path(args.out), {key: content["conditions"][key] for key in ("cpu", "gpu", "date", "commit")}
     rows = [row | facts | {"torch": content["conditions"]["versions"]["torch"]} for row in next(iter(tables.values()))]
     try:
-        (out / "results.json").write_text(json.dumps(content, indent=1) + "\n")
+        save(args, content)
         (out / "summary.md").write_text(summary)
         with open(out / "results.csv", "w", newline="") as file:
             writer = csv.DictWriter(file, rows[0])
@@ -1069,24 +1091,30 @@ def write_report(args: Args, content: dict, summary: str, figures: dict[str, Fig
         for name, figure in figures.items():
             figure.savefig(out / f"{name}.png", dpi=200)
     except OSError as error:
-        print(summary)
         fail(f"{out} can't be written: {error}", 1)
-    print(summary)  # what is printed may find no reader, such as a `tee` that died of the same Ctrl-C
     if args.track:
         log_wandb(args, "benchmark", out, tables, [out / f"{name}.png" for name in figures])
-    print(f"Written: results.json, results.csv, summary.md and a figure in {out}")
+    say(f"Written: results.json, results.csv, summary.md and a figure in {out}")
 
 
 # --- shared: wandb ---
+def say(text: str) -> None:
+    """Print, whether or not somebody still reads (`| head`): what is left unwritten would change the exit code."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")
+
+
 def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def log_wandb(args: Args, job: str, out: Path, tables: dict[str, list[dict]], figures: list[Path]) -> None:
     """A W&B run with the same figures and tables; offline without a login."""
-    import wandb
-
     try:
+        import wandb
+
         online = os.environ.get("WANDB_MODE") or wandb.login(prompt=False, verify=False)
         run = wandb.init(
             project=args.wandb_project_name or "nm-sparse-rl",
@@ -1365,7 +1393,10 @@ def main() -> int:
     args = tyro.cli(Args, description=__doc__)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as Ctrl-C
     check_args(args)
-    return benchmark_training(args) if args.end_to_end else benchmark_kernels(args)
+    try:
+        return benchmark_training(args) if args.end_to_end else benchmark_kernels(args)
+    except KeyboardInterrupt:  # in what comes before measuring or after
+        return 130
 
 
 if __name__ == "__main__":

@@ -180,10 +180,12 @@ def make_grid(args: Args) -> list[Run]:
 def read_runs(runs_dir: str) -> list[tuple[Path, dict]]:
     found = []
     for path in sorted(Path(runs_dir).glob("*/meta.json")):
-        with contextlib.suppress(OSError, ValueError):
+        try:
             meta = json.loads(path.read_text())
-            if isinstance(meta, dict) and isinstance(meta.get("args"), dict):
-                found.append((path.parent, meta))
+        except ValueError:
+            raise OSError(f"{path} is damaged: repair it, or move its folder away") from None
+        if isinstance(meta, dict) and isinstance(meta.get("args"), dict):
+            found.append((path.parent, meta))
     return found
 
 
@@ -233,14 +235,16 @@ def read_log(run: Run) -> str:
     return ""
 
 
-def start(run: Run, name: str | None, cores: list[int]) -> bool:
+def start(run: Run, args: Args, cores: list[int]) -> bool:
     """Start or resume a run unless it lives somewhere else (then False) or turns out to be finished (then True)."""
     with open(run.log, "a") as log:
         try:
             fcntl.flock(log, LOCK)  # the run inherits it with its output, so that it holds it whatever becomes of us
         except BlockingIOError:
             return False
-        look(run, read_runs(str(run.log.parents[1])))
+        meta = look(run, read_runs(args.runs_dir))
+        if meta and meta.get("code") != run.code and not args.accept_code:  # it lived elsewhere when the grid began
+            raise ValueError(f"{run.folder} is of other code: use another --runs-dir, or --accept-code")
         if run.state == "finished":
             return True
         if run.folder and lives(run.folder / "metrics.csv"):
@@ -248,7 +252,7 @@ def start(run: Run, name: str | None, cores: list[int]) -> bool:
         if hash_code(run.script) != run.code:
             raise ValueError("the script was edited while the grid ran")
         command = [*run.argv[:2], "--resume", str(run.folder), *run.resume_argv] if run.folder else run.argv
-        tags = {"WANDB_TAGS": ",".join(filter(None, (os.environ.get("WANDB_TAGS"), name)))}
+        tags = {"WANDB_TAGS": ",".join(filter(None, (os.environ.get("WANDB_TAGS"), args.name)))}
         run.log_start, run.tries, env = log.tell(), run.tries + 1, os.environ | tags | {"OMP_NUM_THREADS": "1"}
         # a session of its own: Ctrl-C in the terminal reaches the grid alone, which passes it on
         options = {"stdin": subprocess.DEVNULL, "stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
@@ -317,7 +321,7 @@ class Pool:
             if self.stop_signal or time.monotonic() < self.again:
                 return
             try:
-                if not start(run, self.args.name, own if run.threads == 1 else []):
+                if not start(run, self.args, own if run.threads == 1 else []):
                     continue
             except (OSError, SyntaxError, ValueError) as error:
                 self.give_up(run, first_line(error))
@@ -435,7 +439,7 @@ def main() -> int:
     metas = [look(run, found) for run in grid]  # others may have finished some
     if args.task is None:
         pool.say(report(grid, metas))
-    if all(run.state == "finished" for run in grid):
+    if all(run.state == "finished" and not run.failure for run in grid):
         return 0
     if pool.stop_signal == signal.SIGUSR1 and args.task is not None:  # SLURM's time limit; the run has saved itself
         subprocess.run(["scontrol", "requeue", "{SLURM_ARRAY_JOB_ID}_{SLURM_ARRAY_TASK_ID}".format(**os.environ)])

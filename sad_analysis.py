@@ -48,7 +48,7 @@ class Args:
     runs: tyro.conf.Positional[tuple[str, ...]] = ()
     """run folders, folders that hold runs at any depth, or globs of them"""
     out: str = "analysis"
-    """folder for figures and tables; is made if need be, files of the same names are replaced"""
+    """folder for figures and tables; files of the same names are replaced, older figures of the same studies go"""
     wandb_entity: str | None = None
     """user or team whose runs in Weights & Biases to read (with --wandb-project-name), and to write to"""
     wandb_project_name: str | None = None
@@ -145,6 +145,7 @@ class Run:
     minutes: float  # CPU time of training; NaN on a GPU, whose work is not in it
     machine: str
     kernel: str
+    start: float  # seconds since 1970
 
     def curve(self, key: str) -> pd.Series:
         """A key over environment steps, where it has a value."""
@@ -157,12 +158,16 @@ class Run:
 
 def find_folders(patterns: tuple[str, ...]) -> list[Path]:
     """Folders that hold a meta.json, at or below what the patterns match; sorted, each once."""
-    found = set()
+    found, seen = set(), set()
     for pattern in patterns:
         paths = [pattern] if Path(pattern).exists() else glob.glob(pattern)
         if not paths:
             raise UserError(f"there is no {pattern}: name run folders, folders that hold runs, or globs of them")
-        found |= {file.parent.resolve() for path in paths for file in Path(path).rglob("meta.json")}
+        for path, folders, files in itertools.chain(*(os.walk(path, followlinks=True) for path in paths)):
+            real = Path(path).resolve()
+            folders[:] = () if real in seen else folders  # links may go in circles
+            seen.add(real)
+            found |= {real} if "meta.json" in files else set()
     return sorted(found)
 
 
@@ -207,7 +212,7 @@ def load_run(folder: Path) -> Run:
         raise UserError(f"not finished (exit reason: {meta['exit_reason']})")
     frame = pd.read_csv(folder / "metrics.csv").astype(float)
     metrics = frame.groupby(frame.pop("global_step").astype(int)).last()  # W&B has rows twice after a resume
-    args, script = meta["args"], meta["script"]
+    script, args = meta["script"], {key: str(x) if isinstance(x, list | dict) else x for key, x in meta["args"].items()}
     if (end := metrics.index[-1]) != (total := args["total_timesteps"]):
         cause = f"rows are lost, or a fork stopped early (then write {end} into its meta.json)"
         raise UserError(f"metrics.csv ends at step {end} of total_timesteps = {total}: {cause}")
@@ -229,9 +234,9 @@ def load_run(folder: Path) -> Run:
     code = through(meta, lambda part: f"code {part['code'][:6]}" if "code" in part else "commit b4ac3f7")
     timed = "charts/cpu_time_s" in metrics and args.get("device") != "cuda"
     minutes = metrics["charts/cpu_time_s"].iloc[-1] / 60 if timed else math.nan
-    places = through(meta, machine), through(meta, lambda part: part["kernel"])
+    ends = through(meta, machine), through(meta, lambda part: part["kernel"]), pd.Timestamp(meta["start"]).timestamp()
     kind = pattern, args.get("hidden_dim", DEFAULTS["hidden_dim"]), ", ".join(fork), code, flops_per_update(meta)
-    return Run(meta["run_name"], folder, meta, args, metrics, masks, curves, rowwise, setting, *kind, minutes, *places)
+    return Run(meta["run_name"], folder, meta, args, metrics, masks, curves, rowwise, setting, *kind, minutes, *ends)
 
 
 def read_masks(folder: Path, meta: dict, metrics: pd.DataFrame) -> tuple[dict, pd.DataFrame, bool]:
@@ -578,7 +583,7 @@ def configure(runs: list[Run]) -> tuple[list[Configuration], list[tuple[str, str
     twins, codes, found, replaced, configurations = dense_twins(runs), {}, {}, [], []
     for run in runs:
         codes.setdefault((run.meta["script"], run.fork), set()).add(run.code)
-    for run in sorted(runs, key=lambda run: pd.Timestamp(run.meta["start"]).timestamp()):
+    for run in sorted(runs, key=lambda run: run.start):
         words = method_words(run)
         if run.pattern == "dense" and not run.fork and run.width in twins:
             words["hidden_dim"] = twins[run.width]
@@ -1046,15 +1051,23 @@ def write_summary(out: Path, studies: list[Study], skipped: list[tuple[str, str]
 
 
 # --- shared: wandb ---
+def say(text: str) -> None:
+    """Print, whether or not somebody still reads (`| head`): what is left unwritten would change the exit code."""
+    try:
+        print(text, flush=True)
+    except OSError:
+        sys.stdout = open(os.devnull, "w")
+
+
 def first_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 def log_wandb(args: Args, job: str, out: Path, tables: dict[str, list[dict]], figures: list[Path]) -> None:
     """A W&B run with the same figures and tables; offline without a login."""
-    import wandb
-
     try:
+        import wandb
+
         online = os.environ.get("WANDB_MODE") or wandb.login(prompt=False, verify=False)
         run = wandb.init(
             project=args.wandb_project_name or "nm-sparse-rl",
@@ -1089,8 +1102,11 @@ def draw(study: Study, out: Path, resamples: int) -> list[Path]:
         reason = "for want of refreshed masks (interval: of several K)"
         print(f"note: not drawn of {study.name}, {reason}: {', '.join(missing)}", file=sys.stderr)
     file = re.sub(r"[^a-zA-Z0-9_.-]+", "_", study.name)
-    for name, kind in itertools.product(figures, ("png", "svg")):
-        figures[name].savefig(out / f"{file}_{name}.{kind}", dpi=150)
+    for name, kind in itertools.product(FIGURES, ("png", "svg")):
+        path = out / f"{file}_{name}.{kind}"
+        path.unlink(missing_ok=True)  # of an earlier analysis, maybe of other runs
+        if name in figures:
+            figures[name].savefig(path, dpi=150)
     return [out / f"{file}_{name}.png" for name in figures]
 
 
@@ -1105,6 +1121,10 @@ def analyse(args: Args, folders: list[Path], skipped: list[tuple[str, str]]) -> 
         print(f"skipped {name}: {reason}", file=sys.stderr)
     if not runs:
         raise UserError(f"no usable run ({len(skipped)} skipped, see above): name folders of finished runs")
+    used = [run for study in studies for c in study.configurations for run in c.runs]
+    name, number = Counter(run.folder.name for run in used).most_common(1)[0]
+    if args.thin and number > 1:
+        raise UserError(f"--thin: {number} folders of runs are called {name}, rename them")
     out, figures = Path(args.out), []
     out.mkdir(parents=True, exist_ok=True)
     frame = write_summary(out, studies, skipped, args.resamples)
@@ -1112,11 +1132,11 @@ def analyse(args: Args, folders: list[Path], skipped: list[tuple[str, str]]) -> 
         figures += draw(study, out, args.resamples)
         for run in itertools.chain(*(c.runs for c in study.configurations)) if args.thin else ():
             thin_run(run, Path(args.thin), study.window)
-    print((out / "summary.md").read_text())
+    say((out / "summary.md").read_text())
     if args.track:
         table = frame.astype(object).where(frame.notna(), None).to_dict("records")
         log_wandb(args, "analysis", out, {"summary": table}, figures)
-    print(f"{count(len(runs) - len(replaced), 'run')}, {len(skipped)} skipped: figures and tables are in {out}")
+    say(f"{count(len(runs) - len(replaced), 'run')}, {len(skipped)} skipped: figures and tables are in {out}")
 
 
 def main() -> int:
@@ -1138,6 +1158,8 @@ def main() -> int:
         print(f"error: {error}", file=sys.stderr)
     except OSError as error:
         print(f"error: {error}: make room or name other folders with --out and --thin", file=sys.stderr)
+    except KeyboardInterrupt:
+        return 130
     return 2
 
 

@@ -2,7 +2,9 @@
 
 import csv
 import dataclasses
+import io
 import json
+import os
 import shutil
 import sys
 import types
@@ -294,6 +296,7 @@ DAMAGE = {
     "another score": ("damaged: final score", lambda d: edit(d, final_score=80.00001)),
     "flipped bits": (OTHER, lambda d: flip(d / "masks.npz")),
     "masks that end early": ("damaged: the last sad_initial/actor", lambda d: fewer(d)),
+    "no start": (OTHER, lambda d: edit(d, start=None)),
     "no arguments": (OTHER, lambda d: edit(d, args={})),
     "garbage": (OTHER, lambda d: swap(d / "metrics.csv", ",0.", ",zero.")),
     "other masks": ("damaged: the last sad_initial/actor", lambda d: shutil.copy(d.parent / "good/masks.npz", d)),
@@ -337,6 +340,38 @@ def test_bad_input(monkeypatch, capsys, tmp_path):
     make_run(tmp_path / "runs/b")
     code, _, err = run(monkeypatch, capsys, tmp_path / "runs", "--no-track", "--out", tmp_path / "file")
     assert code == 2 and "--out" in err.splitlines()[-1]
+    make_run(tmp_path / "runs/deeper/b", seed=2)
+    argv = tmp_path / "runs", "--no-track", "--out", tmp_path / "out", "--thin", tmp_path / "thin"
+    code, _, err = run(monkeypatch, capsys, *argv)
+    assert code == 2 and err.endswith("error: --thin: 2 folders of runs are called b, rename them\n")
+    assert not (tmp_path / "out").exists()
+
+
+def test_ctrl_c_and_a_reader_that_is_gone(monkeypatch, capsys, tmp_path):
+    make_run(tmp_path / "a", n=None)
+    reader, writer = os.pipe()
+    os.close(reader)
+    with open(writer, "wb", buffering=0) as gone, monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", io.TextIOWrapper(gone, write_through=True))
+        patch.setattr(sys, "argv", ["sad_analysis.py", str(tmp_path / "a"), "--no-track", f"--out={tmp_path / 'out'}"])
+        assert sa.main() == 0
+    assert (tmp_path / "out/summary.md").exists() and capsys.readouterr().err.count("\n") == 1  # what is not drawn
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sa, "analyse", stop)
+    assert run(monkeypatch, capsys, tmp_path / "a") == (130, "", "")
+
+
+def test_links_are_followed_once(tmp_path):
+    make_run(tmp_path / "runs/a")
+    make_run(tmp_path / "elsewhere/b")
+    (tmp_path / "runs/b").symlink_to(tmp_path / "elsewhere/b")
+    (tmp_path / "runs/again").symlink_to(tmp_path / "runs")
+    (tmp_path / "elsewhere/b/round").symlink_to(tmp_path)
+    for patterns in ([str(tmp_path / "runs")], [f"{tmp_path}/runs/*", str(tmp_path)]):
+        assert sa.find_folders(tuple(patterns)) == [tmp_path / "elsewhere/b", tmp_path / "runs/a"]
 
 
 def test_runs_from_wandb(monkeypatch, capsys, tmp_path):

@@ -92,8 +92,14 @@ def test_what_is_not_drawn_is_named(monkeypatch, capsys, tmp_path):
     make_run(tmp_path / "runs/d", n=None)
     make_run(tmp_path / "runs/s", args={"mask_update_interval": 0})
     make_run(tmp_path / "runs/k", args={"mask_update_interval": 10**6})  # never refreshed either
+    old, mine = (tmp_path / "a" / name for name in ("Ant-v4_30_000_steps_sad.png", "sad.png"))
+    (tmp_path / "a").mkdir()
+    old.touch()
+    mine.touch()
     code, out, err = run(monkeypatch, capsys, tmp_path / "runs", "--no-track", "--out", tmp_path / "a")
     assert code == 0 and "(interval: of several K): sad, sad_layers, ages, divergence, interval, sad_return\n" in err
+    assert mine.exists() and not old.exists()  # it was of other runs
+    mine.unlink()
     assert "Settled SAD (from" not in out
     assert len(list((tmp_path / "a").glob("*.png"))) == 2  # returns and scores
 

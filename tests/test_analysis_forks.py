@@ -105,6 +105,14 @@ def test_no_argument_of_a_fork_is_lost(tmp_path):
     }
 
 
+def test_arguments_that_are_lists(tmp_path):
+    for seed in (1, 2):
+        make_run(tmp_path / f"a{seed}", seed=seed, args={"actor_hidden_dim": [64, 64], "layers": [1, 2]})
+    make_run(tmp_path / "b", args={"actor_hidden_dim": [64, 64], "layers": [1]})
+    (study,), _, skipped = load(tmp_path)
+    assert labels(study) == {"1:4, layers [1]": ["b"], "1:4, layers [1, 2]": ["a1", "a2"]} and not skipped
+
+
 def test_several_codes_are_all_marked(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sa, "draw", lambda *_: [])
     for seed in (1, 2):

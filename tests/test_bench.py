@@ -209,14 +209,12 @@ def test_what_stops_it_keeps_what_is_measured(monkeypatch, capsys, tmp_path, sta
         raise fault("no more\nof it")
 
     monkeypatch.setattr(bench, stage, stop)
-    (tmp_path / "results.json").write_text("of an earlier run")
     assert run(monkeypatch, *SMALL, "--batch-sizes", 1, 64, "--out", tmp_path) == (1 if fault is MemoryError else 130)
     assert ("error: MemoryError: no more\n" in capsys.readouterr().err) == (fault is MemoryError)
-    text = (tmp_path / "results.json").read_text()
     if stage == "cpu_limits":
-        assert text == "of an earlier run"  # nothing new: nothing is lost
+        assert not any(tmp_path.iterdir())
         return
-    content = json.loads(text)
+    content = json.loads((tmp_path / "results.json").read_text())
     assert len({(row["inputs"], row["batch"]) for row in content["layers"]}) == (2 if stage == "time_once" else 4)
     assert bool(content["actor"]) == (stage == "measure_masks")
 
@@ -230,7 +228,7 @@ def test_noise(monkeypatch, tmp_path, capsys):
                 key: 1e-3 * (factor if key[0] == "dense again" else 1) for key in functions
             },
         )
-        assert run(monkeypatch, *SMALL, "--batch-sizes", 64, "--out", tmp_path) == 0
+        assert run(monkeypatch, *SMALL, "--batch-sizes", 64, "--out", tmp_path / str(factor)) == 0
         out = capsys.readouterr().out
         assert ("too noisy" in out) is warned and ("differs from itself by 4.8%" in out) is not warned
     row = {"inputs": 8, "outputs": 8, "batch": 256, "us": 10.0, "us_q1": 9.0, "us_q3": 11.0, "pattern": "1:4"}
@@ -243,11 +241,32 @@ def test_noise(monkeypatch, tmp_path, capsys):
 
 
 def test_a_full_disk(monkeypatch, tmp_path, capsys):
-    (tmp_path / "results.json").symlink_to("/dev/full")
+    (tmp_path / "results.json.tmp").symlink_to("/dev/full")
     assert run(monkeypatch, *SMALL, "--out", tmp_path) == 1
     shown = capsys.readouterr()
     assert shown.err.splitlines()[-1].startswith("error: ") and shown.err.count("No space left") == 1
     assert "40 to 40" in shown.out  # what was measured is on the screen at least
+
+
+def test_a_kill_keeps_what_is_measured(monkeypatch, tmp_path):
+    """results.json is whole after each turn, and not replaced by a later benchmark."""
+    path, found, once = tmp_path / "results.json", [], bench.time_once
+
+    def look(functions):
+        found.append(len(json.loads(path.read_text())["layers"]) if path.exists() else 0)
+        return once(functions)
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(bench, "time_once", look)
+    assert run(monkeypatch, *SMALL, "--batch-sizes", 1, 64, "--out", tmp_path) == 0
+    assert found[0] == 0 < found[1] < found[2] < found[3]  # two layers, two batch sizes
+    text = path.read_text()
+    assert run(monkeypatch, *SMALL, "--out", tmp_path) == 2 and path.read_text() == text
+    monkeypatch.setattr(bench, "log_wandb", stop)
+    assert run(monkeypatch, *SMALL, "--wandb-project-name", "p", "--out", tmp_path / "b") == 130
+    assert (tmp_path / "b" / "summary.md").exists()
 
 
 def test_without_a_reader_nothing_is_lost(monkeypatch, tmp_path):
@@ -256,8 +275,7 @@ def test_without_a_reader_nothing_is_lost(monkeypatch, tmp_path):
     os.close(reader)
     with open(writer, "wb", buffering=0) as gone, monkeypatch.context() as patch:
         patch.setattr(sys, "stdout", io.TextIOWrapper(gone, write_through=True))
-        with pytest.raises(BrokenPipeError):
-            run(monkeypatch, *SMALL, "--out", tmp_path)
+        assert run(monkeypatch, *SMALL, "--out", tmp_path) == 0
     assert json.loads((tmp_path / "results.json").read_text())["layers"] and (tmp_path / "speedup.png").exists()
 
 

@@ -86,11 +86,20 @@ def test_a_failing_configuration_is_left_out(monkeypatch, tmp_path, capsys):
     commands = {"dense": bench.Run(["-c", "import sys; sys.exit('no such luck')"]), "1:8": bench.Run(["-c", "1"])}
     monkeypatch.setattr(bench, "configurations", lambda *_: dict(commands))
     once = bench.run_once
-    monkeypatch.setattr(bench, "run_once", lambda run: once(run) if "luck" in run.command[1] else (100.0, 1.5, 321.0))
+    path, kept = tmp_path / "results.json", []
+
+    def run_once(configuration):
+        kept.append(json.loads(path.read_text())["rate_update_ms_peak_mib"] if path.exists() else {})
+        return once(configuration) if "luck" in configuration.command[1] else (100.0, 1.5, 321.0)
+
+    monkeypatch.setattr(bench, "run_once", run_once)
+    monkeypatch.setattr(bench.shutil, "which", lambda word: None if word == "git" else word)
     assert run(monkeypatch, "--end-to-end", "--repetitions", 2, "--out", tmp_path) == 1
+    assert kept == [{}, {}, {"1:8": [[100.0, 1.5, 321.0]]}]  # what a kill would leave
     assert capsys.readouterr().err.count("no such luck") == 1  # it is not tried again
-    content = json.loads((tmp_path / "results.json").read_text())
+    content = json.loads(path.read_text())
     assert content["rate_update_ms_peak_mib"] == {"1:8": [[100.0, 1.5, 321.0]] * 2}
+    assert content["conditions"]["commit"] is None  # there is no git
 
 
 STAND_IN = """

@@ -161,5 +161,8 @@ def test_a_run_that_fails_gives_its_last_words(dense, monkeypatch, capsys, tmp_p
     assert code == 2 and not found and err.startswith("error: ZeroDivisionError: division by zero")
     code, _, err = check(monkeypatch, capsys, dense.__file__, "--resume=runs/mine")
     assert code == 2 and err.startswith("error: ['--resume=runs/mine']: a script, then")
+    monkeypatch.setattr(check_fork.tempfile, "tempdir", str(tmp_path / "nowhere"))
+    code, _, err = check(monkeypatch, capsys, dense.__file__, *FLAGS)
+    assert code == 2 and err.startswith("error: no temporary folder: ")
     code, _, err = check(monkeypatch, capsys)
     assert code == 0 and err == ""

@@ -255,6 +255,15 @@ def test_a_policy_that_differs_is_kept(run, monkeypatch, capsys):
     assert export(monkeypatch, capsys, run, "--force")[0] == 0 and (run / "policy.c").read_text() == text
 
 
+def test_ctrl_c(run, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(ex, "check", stop)
+    code, _, err = export(monkeypatch, capsys, run, "--check")
+    assert code == 130 and err == "" and (run / "policy.c").exists()
+
+
 def test_check(run, monkeypatch, capsys):
     monkeypatch.setattr(ex, "ROUNDS", 2)
     monkeypatch.setattr(ex.os, "sched_setaffinity", lambda *_: None)

@@ -173,52 +173,6 @@ def test_what_makes_another_run(grid, tmp_path):
     assert len(started(tmp_path)) == 2 and {meta["WANDB_TAGS"] for meta in metas(tmp_path)} == {"", "mine,study"}
 
 
-def test_labels():
-    """The script, and the flags that not all have; of one command all."""
-    assert run_grid.shorten(("a/b.py --n 1",)) == {"a/b.py --n 1": "b --n 1"}
-    labels = run_grid.shorten(("x.py --n 1 --m 8", "y.py --m 8 --k", "y.py --m  8"))
-    assert [*labels.values()] == ["x --n 1 --m 8", "y --m 8 --k", "y --m  8"]
-    assert [*run_grid.shorten(("x.py --n 1 --m 8", "y.py --m 8 --k")).values()] == ["x --n 1", "y --k"]
-
-
-def test_a_resumed_run_has_today_s_tracking_and_checkpoints(tmp_path):
-    flags = "--no-track --checkpoint-interval 50 --wandb-entity me --keep-replay --gamma 0.9"
-    command = f"{ROOT}/dense_td3_continuous.py {flags}"
-    run = run_grid.make_run(command, "dense", "toy_envs:Reach-v0", 3, str(tmp_path))
-    again = "--no-track --wandb-project-name nm-sparse-rl --wandb-entity me --checkpoint-interval 50 --no-capture-video"
-    assert run.resume_argv == [*again.split(), "--keep-replay"]
-    free = "runs_dir resume evaluate track wandb_project_name wandb_entity checkpoint_interval capture_video"
-    assert {*run.defaults} - {*run.identity} == {*free.split(), "keep_replay", "threads"}
-
-
-def test_which_of_a_run_s_folders_counts(tmp_path):
-    """The one of its own code before others, then a finished one, then the newest checkpoint; else none."""
-    run = run_grid.make_run(f"{ROOT}/dense_td3_continuous.py", "dense", "toy_envs:Reach-v0", 3, str(tmp_path))
-    folders = [  # best first: code, exit reason, age of its checkpoint in seconds
-        (run.code, "finished", 900),
-        (run.code, "error", 100),
-        (run.code, "running", 500),
-        ("other", "finished", 1),
-        ("other", "running", 1),
-    ]
-    found = []
-    for i, (code, reason, age) in enumerate(folders):
-        (tmp_path / str(i)).mkdir()
-        (tmp_path / str(i) / "checkpoint.pt").touch()
-        os.utime(tmp_path / str(i) / "checkpoint.pt", (1e9 - age, 1e9 - age))
-        meta = {"script": "dense_td3_continuous.py", "args": run.identity, "code": code, "exit_reason": reason}
-        found.insert(0, (tmp_path / str(i), meta))
-    (tmp_path / "no checkpoint").mkdir()
-    foreign = {"script": "rnm_td3_continuous.py"}, {"args": run.identity | {"seed": 4}}
-    rest = [(tmp_path / "0", found[-1][1] | change) for change in foreign]
-    rest += [(tmp_path / "no checkpoint", found[-1][1] | {"exit_reason": "error"})]
-    while found:
-        assert run_grid.look(run, found + rest) is found[-1][1]
-        folder, meta = found.pop()
-        assert run.folder == folder and run.state == ("finished" if meta["exit_reason"] == "finished" else "stopped")
-    assert run_grid.look(run, rest) == {} and (run.state, run.folder) == ("missing", None)
-
-
 def test_other_code_stops_the_grid_unless_accepted(grid, tmp_path):
     assert grid("toy.py", seeds=(1,))[0] == 0
     with open(tmp_path / "toy.py", "a") as file:
@@ -228,6 +182,23 @@ def test_other_code_stops_the_grid_unless_accepted(grid, tmp_path):
     assert len(started(tmp_path)) == 1
     code, out, _ = grid("toy.py", seeds=(1, 2), more=("--accept-code",))
     assert code == 0 and started(tmp_path) == ["A-v0 0 s1 from 0", "A-v0 0 s2 from 0"]
+
+
+def test_other_code_that_lived_elsewhere_is_not_counted(grid, tmp_path):
+    """A run of a killed grid goes on; then the script is edited and the same command typed again."""
+    assert grid("toy.py", seeds=(1,))[0] == 0
+    (path,), (log,) = (tmp_path.glob(f"runs/{name}") for name in ("*/meta.json", "grid/*.log"))
+    meta = json.loads(path.read_text())
+    (path.parent / "checkpoint.pt").unlink()
+    path.write_text(json.dumps(meta | {"exit_reason": "running", "code": "other"}))
+    with open(log) as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # it lives
+        process = grid("toy.py", seeds=(1,), wait=False)
+        assert "waiting for what lives elsewhere" in process.stdout.readline()
+        path.write_text(json.dumps(meta | {"code": "other"}))
+    out, _ = process.communicate(timeout=60)
+    assert process.returncode == 1 and len(started(tmp_path)) == 1
+    assert f"failed: A-v0 toy s1: {path.parent.relative_to(tmp_path)} is of other code: use another --runs-dir" in out
 
 
 def test_a_script_edited_while_the_grid_runs(grid, tmp_path):
