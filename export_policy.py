@@ -7,7 +7,9 @@ policy.c is C99, needs no library but tanhf, allocates nothing, and holds one fu
 void policy(const float observation[], float action[]), with tables of the active weights alone: of N:M each with its
 place in its group (1, 2, 4 or 8 bits), of other topologies with its column (8 or 16 bits). Networks are chains of
 linear layers, ReLU and Tanh, as meta.json lists them, and must act as the run did at the 16 observations in model.pt;
-a fork whose network does more, but not in these, is not found out. Exit codes: 0 done, 1 check or disk, 2 bad input.
+a fork whose network does more, but not in these, is not found out.
+
+Exit codes: 0 done, 1 check or disk, 2 bad input, 130 Ctrl-C.
 """
 
 import json

@@ -4,7 +4,7 @@
   python nm_kernel_bench.py --device cuda    one layer on an NVIDIA GPU                 -> benchmark/kernels_cuda/
   python nm_kernel_bench.py --end-to-end     steps per second of whole training runs    -> benchmark/end_to_end/
 
-Results: results.json (all numbers, written after each turn), results.csv (the layers or the runs), summary.md (also
+Results: results.json (all numbers, written as they come), results.csv (the layers or the runs), summary.md (also
 printed), a figure, and a Weights & Biases run. Exit codes: 0 done, 1 something was wrong or failed, 2 bad input, 130
 Ctrl-C or SIGTERM. What was measured until then is kept.
 
@@ -430,11 +430,12 @@ def measure_layers(args: Args, content: dict) -> None:
     for place, own in tqdm(list(functions.items()) * args.repetitions, unit="layer", disable=None):  # all in each turn
         for key, value in time_once(own).items():
             times[place][key].append(value)
-        content["layers"] = []
+        rows = []
         for (inputs, outputs, batch), found in times.items():
             found = {key: values for key, values in found.items() if values}
             place = {"inputs": inputs, "outputs": outputs, "batch": batch}
-            content["layers"] += layer_rows(found, place, content["conditions"]["peak_gflops"])
+            rows += layer_rows(found, place, content["conditions"]["peak_gflops"])
+        content["layers"] = rows
         with contextlib.suppress(OSError):  # the report will tell
             save(args, content)
 
@@ -925,8 +926,9 @@ def benchmark_training(args: Args) -> int:
                 code = 1
                 del runs[label]
                 message = f"error: {label}: {error}"
-            with contextlib.suppress(OSError):  # the report will tell
-                save(args, content)
+            if found:
+                with contextlib.suppress(OSError):  # the report will tell
+                    save(args, content)
             with contextlib.suppress(OSError):  # nobody reads
                 tqdm.write(message, file=sys.stderr)
     except KeyboardInterrupt:
@@ -1047,16 +1049,7 @@ def conditions(args: Args) -> dict:
     if args.device == "cuda":
         versions |= {"cuda": torch.version.cuda, "cusparselt": torch.backends.cusparselt.version()}
     model = re.search(r"model name\s*: (.*)", CPUINFO)
-    describe = [
-        shutil.which("git") or "true",
-        "-C",
-        str(HERE),
-        "describe",
-        "--always",
-        "--dirty",
-        "--abbrev=40",
-        "--exclude=*",
-    ]
+    git = shutil.which("git") or "true", "-C", str(HERE), *"describe --always --dirty --abbrev=40 --exclude=*".split()
     return {
         "args": {name: value for name, value in asdict(args).items() if name != "out"},
         "cpu": model[1] if model else platform.machine(),
@@ -1064,7 +1057,7 @@ def conditions(args: Args) -> dict:
         "cores": CORES,
         "capability": torch.backends.cpu.get_cpu_capability(),
         "versions": versions,
-        "commit": subprocess.run(describe, capture_output=True, text=True).stdout.strip() or None,
+        "commit": subprocess.run(git, capture_output=True, text=True).stdout.strip() or None,
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -1078,7 +1071,6 @@ def save(args: Args, content: dict) -> None:
 
 def write_report(args: Args, content: dict, summary: str, figures: dict[str, Figure], tables: dict) -> None:
     """Write results.json, results.csv (the first table), summary.md, figures and a W&B run; print the summary."""
-    say(summary)
     out, facts = Path(args.out), {key: content["conditions"][key] for key in ("cpu", "gpu", "date", "commit")}
     rows = [row | facts | {"torch": content["conditions"]["versions"]["torch"]} for row in next(iter(tables.values()))]
     try:
@@ -1091,7 +1083,9 @@ def write_report(args: Args, content: dict, summary: str, figures: dict[str, Fig
         for name, figure in figures.items():
             figure.savefig(out / f"{name}.png", dpi=200)
     except OSError as error:
+        say(summary)
         fail(f"{out} can't be written: {error}", 1)
+    say(summary)
     if args.track:
         log_wandb(args, "benchmark", out, tables, [out / f"{name}.png" for name in figures])
     say(f"Written: results.json, results.csv, summary.md and a figure in {out}")
@@ -1102,7 +1096,7 @@ def say(text: str) -> None:
     """Print, whether or not somebody still reads (`| head`): what is left unwritten would change the exit code."""
     try:
         print(text, flush=True)
-    except OSError:
+    except BrokenPipeError:
         sys.stdout = open(os.devnull, "w")
 
 

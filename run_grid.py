@@ -5,9 +5,10 @@
 
 The same command again skips what is finished, resumes what stopped and starts what is missing, whatever happened in
 between. A run is known by the script's file name and the arguments in meta.json; tracking, W&B's names, --keep-replay,
---checkpoint-interval, --capture-video and --threads do not make another run. Runs of other code stop the grid before it
-starts anything, unless --accept-code. Each run has a log in RUNS_DIR/grid, which is locked while the run lives: two
-grids share the work, and a killed grid's runs live on and are waited for.
+--checkpoint-interval, --capture-video and --threads do not make another run. Runs of other code, and a meta.json that
+can't be read, stop the grid before it starts anything (of other code unless --accept-code). Each run has a log in
+RUNS_DIR/grid, which is locked while the run lives: two grids share the work, and a killed grid's runs live on and are
+waited for.
 
 Exit codes: 0 all finished, 1 some failed, 2 bad input, 130 Ctrl-C, 143 SIGTERM.
 """
@@ -177,13 +178,16 @@ def make_grid(args: Args) -> list[Run]:
     return grid
 
 
-def read_runs(runs_dir: str) -> list[tuple[Path, dict]]:
+def read_runs(runs_dir: str, strict: bool = False) -> list[tuple[Path, dict]]:
+    """Folders and metas. strict: what can't be read ends the program, for it may be a finished run."""
     found = []
     for path in sorted(Path(runs_dir).glob("*/meta.json")):
         try:
             meta = json.loads(path.read_text())
-        except ValueError:
-            raise OSError(f"{path} is damaged: repair it, or move its folder away") from None
+        except (OSError, ValueError) as error:
+            if strict:
+                fail(f"{path} can't be read ({first_line(error)}): repair it, or move its folder away")
+            continue
         if isinstance(meta, dict) and isinstance(meta.get("args"), dict):
             found.append((path.parent, meta))
     return found
@@ -203,6 +207,11 @@ def look(run: Run, found: list[tuple[Path, dict]]) -> dict:
     _, finished, _, run.folder, meta = max(same, key=lambda entry: entry[:3], default=nothing)
     run.state = "finished" if finished else "stopped" if run.folder else "missing"
     return meta
+
+
+def is_foreign(run: Run, meta: dict, args: Args) -> bool:
+    """Whether what `look` found is of other code, so that it does not count."""
+    return bool(meta) and meta.get("code") != run.code and not args.accept_code
 
 
 def lives(path: Path) -> bool:
@@ -242,8 +251,7 @@ def start(run: Run, args: Args, cores: list[int]) -> bool:
             fcntl.flock(log, LOCK)  # the run inherits it with its output, so that it holds it whatever becomes of us
         except BlockingIOError:
             return False
-        meta = look(run, read_runs(args.runs_dir))
-        if meta and meta.get("code") != run.code and not args.accept_code:  # it lived elsewhere when the grid began
+        if is_foreign(run, look(run, read_runs(args.runs_dir)), args):  # it lived elsewhere when the grid began
             raise ValueError(f"{run.folder} is of other code: use another --runs-dir, or --accept-code")
         if run.state == "finished":
             return True
@@ -405,7 +413,7 @@ def report(grid: list[Run], metas: list[dict]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     for run in grid:
-        if run.failure:
+        if run.failure and run.state != "finished":
             again = [*run.argv[:2], "--resume", str(run.folder)] if run.folder else run.argv
             lines.append(f"failed: {run}: {run.failure}\n  log: {run.log}\n  again: {shlex.join(again)}")
     return "\n".join([*lines, f"figures: python sad_analysis.py {shlex.quote(str(grid[0].log.parents[1]))}"])
@@ -418,10 +426,8 @@ def main() -> int:
     grid = make_grid(args)
     if args.task is not None and not 0 <= args.task < len(grid):
         fail(f"--task must be from 0 to {len(grid) - 1}, not {args.task}")
-    found = read_runs(args.runs_dir)
-    metas = [look(run, found) for run in grid]
-    other = [run for run, meta in zip(grid, metas, strict=True) if meta and meta.get("code") != run.code]
-    if other and not args.accept_code:
+    found = read_runs(args.runs_dir, strict=True)
+    if other := [run for run in grid if is_foreign(run, look(run, found), args)]:
         fail(f"{len(other)} runs are of other code, as {other[0].folder}: use another --runs-dir, or --accept-code")
     if args.dry_run:
         for run in grid:
@@ -437,9 +443,12 @@ def main() -> int:
     pool.run()
     found = read_runs(args.runs_dir)
     metas = [look(run, found) for run in grid]  # others may have finished some
+    for run, meta in zip(grid, metas, strict=True):
+        if is_foreign(run, meta, args):
+            run.state, run.folder = "missing", None
     if args.task is None:
         pool.say(report(grid, metas))
-    if all(run.state == "finished" and not run.failure for run in grid):
+    if all(run.state == "finished" for run in grid):
         return 0
     if pool.stop_signal == signal.SIGUSR1 and args.task is not None:  # SLURM's time limit; the run has saved itself
         subprocess.run(["scontrol", "requeue", "{SLURM_ARRAY_JOB_ID}_{SLURM_ARRAY_TASK_ID}".format(**os.environ)])

@@ -196,13 +196,13 @@ def test_a_wrong_actor_is_named(monkeypatch):
 
 
 @pytest.mark.parametrize("fault", [KeyboardInterrupt, signal.SIGTERM, MemoryError])
-@pytest.mark.parametrize("stage", ["cpu_limits", "time_once", "measure_actor", "measure_masks"])
+@pytest.mark.parametrize("stage", ["cpu_limits", "time_once", "layer_rows", "measure_actor", "measure_masks"])
 def test_what_stops_it_keeps_what_is_measured(monkeypatch, capsys, tmp_path, stage, fault):
     function, calls = getattr(bench, stage), []
 
     def stop(*args, **kwargs):
         calls.append(0)
-        if stage == "time_once" and len(calls) < 3:  # two places are finished
+        if len(calls) < {"time_once": 3, "layer_rows": 11}.get(stage, 0):  # two of four places are finished
             return function(*args, **kwargs)
         if fault == signal.SIGTERM:
             signal.raise_signal(fault)
@@ -215,7 +215,7 @@ def test_what_stops_it_keeps_what_is_measured(monkeypatch, capsys, tmp_path, sta
         assert not any(tmp_path.iterdir())
         return
     content = json.loads((tmp_path / "results.json").read_text())
-    assert len({(row["inputs"], row["batch"]) for row in content["layers"]}) == (2 if stage == "time_once" else 4)
+    assert len({(row["inputs"], row["batch"]) for row in content["layers"]}) == (4 if "measure" in stage else 2)
     assert bool(content["actor"]) == (stage == "measure_masks")
 
 

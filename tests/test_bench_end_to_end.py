@@ -89,13 +89,13 @@ def test_a_failing_configuration_is_left_out(monkeypatch, tmp_path, capsys):
     path, kept = tmp_path / "results.json", []
 
     def run_once(configuration):
-        kept.append(json.loads(path.read_text())["rate_update_ms_peak_mib"] if path.exists() else {})
+        kept.append(json.loads(path.read_text())["rate_update_ms_peak_mib"] if path.exists() else None)
         return once(configuration) if "luck" in configuration.command[1] else (100.0, 1.5, 321.0)
 
     monkeypatch.setattr(bench, "run_once", run_once)
     monkeypatch.setattr(bench.shutil, "which", lambda word: None if word == "git" else word)
     assert run(monkeypatch, "--end-to-end", "--repetitions", 2, "--out", tmp_path) == 1
-    assert kept == [{}, {}, {"1:8": [[100.0, 1.5, 321.0]]}]  # what a kill would leave
+    assert kept == [None, None, {"1:8": [[100.0, 1.5, 321.0]]}]  # what a kill would leave
     assert capsys.readouterr().err.count("no such luck") == 1  # it is not tried again
     content = json.loads(path.read_text())
     assert content["rate_update_ms_peak_mib"] == {"1:8": [[100.0, 1.5, 321.0]] * 2}

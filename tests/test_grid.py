@@ -199,6 +199,7 @@ def test_other_code_that_lived_elsewhere_is_not_counted(grid, tmp_path):
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 1 and len(started(tmp_path)) == 1
     assert f"failed: A-v0 toy s1: {path.parent.relative_to(tmp_path)} is of other code: use another --runs-dir" in out
+    assert "0 of 1" in out and "--resume" not in out
 
 
 def test_a_script_edited_while_the_grid_runs(grid, tmp_path):

@@ -1,6 +1,7 @@
 """run_grid.py: how it names its runs and knows them on disk."""
 
 import os
+import sys
 
 import pytest
 from conftest import ROOT
@@ -54,11 +55,17 @@ def test_which_of_a_run_s_folders_counts(tmp_path):
     assert run_grid.look(run, rest) == {} and (run.state, run.folder) == ("missing", None)
 
 
-def test_a_damaged_run_stops_the_grid(tmp_path):
-    """It may be a finished one: to start it again would be wrong."""
-    (tmp_path / "a").mkdir()
-    (tmp_path / "a" / "meta.json").write_text('{"script": "dense_td3')
-    with pytest.raises(OSError, match=r"a/meta.json is damaged: repair it, or move its folder away"):
-        run_grid.read_runs(str(tmp_path))
-    (tmp_path / "a" / "meta.json").write_text("[]")  # not a run's
+def test_a_damaged_run_stops_the_grid_at_its_start_only(monkeypatch, capsys, tmp_path):
+    """It may be a finished one. A grid that runs goes on, and so it does if a folder is deleted."""
+    for name, text in {"a": '{"script": "dense_td3', "b": "[]"}.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "meta.json").write_text(text)
+    (tmp_path / "c").mkdir()
+    (tmp_path / "c" / "meta.json").symlink_to("gone")
     assert run_grid.read_runs(str(tmp_path)) == []
+    command = ["--commands", f"{ROOT}/dense_td3_continuous.py", "--env-ids", "toy_envs:Reach-v0"]
+    monkeypatch.setattr(sys, "argv", ["run_grid.py", *command, "--runs-dir", str(tmp_path), "--dry-run"])
+    with pytest.raises(SystemExit, match="2"):
+        run_grid.main()
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {tmp_path}/a/meta.json can't be read (") and "move its folder away" in said
