@@ -40,6 +40,7 @@ import contextlib
 import copy
 import csv
 import ctypes
+import errno
 import fcntl
 import hashlib
 import inspect
@@ -71,6 +72,8 @@ from pathlib import Path
 from typing import Annotated, Literal, get_type_hints
 from unittest import mock
 from weakref import WeakKeyDictionary
+
+SOURCE = Path(__file__).read_text()  # what runs: the file may be edited while the rest is imported
 
 import gymnasium as gym
 import numpy as np
@@ -1015,7 +1018,7 @@ class Run:
             self.dir = Path(args.runs_dir, name)
             try:
                 self.dir.mkdir(parents=True)
-                shutil.copy(__file__, self.dir)
+                (self.dir / Path(__file__).name).write_text(SOURCE)
             except OSError as error:
                 raise UserError(f"--runs-dir {args.runs_dir}: {error}") from None
             self.meta = {"script": Path(__file__).name, "run_name": name, "start": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
@@ -1053,10 +1056,10 @@ class Run:
         with contextlib.suppress(OSError):  # on a full disk the first error is the one to report
             self.write_meta(end=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
             self.csv.close()
-        if self.wandb:
-            self.attempt("upload to W&B", self.finish_wandb)
         if stopped:
             self.say(f"stopped by {self.meta['exit_reason']}; last checkpoint: step {self.last_checkpoint}, {self.dir}")
+        if self.wandb:
+            self.attempt("upload to W&B", self.finish_wandb)
 
     def attempt(self, what: str, action) -> bool:
         """Do what a run must not fail for; False if it failed."""
@@ -1121,6 +1124,7 @@ class Run:
 
     def finish(self, score: float) -> None:
         """All training is done; drop what only a resume needs."""
+        os.fsync(self.csv.fileno())
         wall, cpu = self.times().tolist()
         self.write_meta(exit_reason="finished", final_score=score, wall_time_s=wall, cpu_time_s=cpu)
         if not self.args.keep_replay:
@@ -1149,7 +1153,11 @@ def open_metrics(path: Path, columns: list[str], size: int):
         file = open(path, "r+" if size else "x+", newline="", buffering=1)  # row by row
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        raise UserError(f"{path} is missing or being written by another process ({first_line(error)})") from None
+        if error.errno not in (errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP):  # of file systems that have no locks
+            raise UserError(f"{path} is missing or being written by another process ({first_line(error)})") from None
+        print(f"warning: {path.parent} can't be locked: don't resume a run twice at once", file=sys.stderr)
+    if size and not path.with_name("checkpoint.pt").exists():
+        raise UserError(f"{path.parent} has been finished by another process")
     header = ",".join(columns) + "\n"
     if size and (not (kept := file.read(size)).startswith(header) or len(kept) < size):
         raise UserError(f"{path} is damaged or was written by another version of this script")
@@ -1171,12 +1179,13 @@ def start_wandb(args: "Args", meta: dict):
     tags += [tag[:64] for tag in os.environ.pop("WANDB_TAGS", "").split(",") if tag]  # wandb refuses longer ones
     options = {"project": args.wandb_project_name, "entity": args.wandb_entity, "id": meta["wandb_id"], "tags": tags}
     options |= {"name": meta["run_name"], "group": args.env_id, "resume": "allow" if args.resume else None}
+    settings = wandb.Settings(silent=True, console="off", init_timeout=30, finish_timeout=600)
     options |= {"config": meta["args"] | {"meta": {key: value for key, value in meta.items() if key != "args"}}}
     for mode in (wanted, "offline"):  # no network, a wrong key, project, mode: none may cost a run
         try:
             options["mode"] = mode or ("online" if wandb.login(prompt=False, verify=False) else "offline")
             os.environ["WANDB_MODE"] = options["mode"]  # a wrong word there is an error whatever `mode` says
-            run = wandb.init(settings=wandb.Settings(silent=True, console="off", init_timeout=30), **options)
+            run = wandb.init(settings=settings, **options)
             run.define_metric("*", step_metric="global_step")
             folder = Path(run.dir).parent
             hint = f"W&B is offline: look with `wandb leet {folder.parent}`, upload with `wandb sync {folder}`"
@@ -1328,6 +1337,8 @@ def load_checkpoint(args: "Args", state: "State", agent: "Agent", rb: ReplayBuff
         raise UserError(f"{path} is missing: the run has not come to one, or it finished without --keep-replay")
     try:
         content = read_torch(path, map_location=None)
+        rows = content["rb"]["rows"]
+        content = copy.deepcopy(content, {id(rows): rows})  # what stays must not be the file's memory
         unpack(content, {"agent": vars(agent), "state": vars(state)})
         rb.load_state_dict(content["rb"])
         for name, values in content["rng"].items():
@@ -1356,17 +1367,17 @@ def machine_facts(args: "Args") -> dict:
     """What runs and where. dirty: this script is not the commit's, or not in git at all."""
 
     def git(*words: str) -> str:
-        command = [shutil.which("git") or "true", "-C", str(Path(__file__).resolve().parent), *words]
+        command = [shutil.which("git") or "true", "-C", str(path.parent), *words]
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
-    cpuinfo = Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
+    path, cpuinfo = Path(__file__).resolve(), Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
     hardware = re.findall(r"model name\s*: (.*)", cpuinfo)[:1] or [os.uname().machine]
     hardware += [torch.cuda.get_device_name()] if args.device == "cuda" else []
     versions = {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy", "wandb")}
     facts = {"n": getattr(args, "n", None), "m": getattr(args, "m", None), "threads": args.threads}
-    facts |= {"hardware": ", ".join(hardware), "cores": os.cpu_count(), "code": code_hash(Path(__file__).read_text())}
+    facts |= {"hardware": ", ".join(hardware), "cores": os.cpu_count(), "code": code_hash(SOURCE)}
     facts |= {"versions": {"python": sys.version.split()[0], **versions}, "commit": git("rev-parse", "HEAD") or None}
-    return facts | {"dirty": bool(git("status", "--porcelain", "--ignored", "--", Path(__file__).name))}
+    return facts | {"dirty": not facts["commit"] or bool(git("status", "--porcelain", "--ignored", "--", path.name))}
 
 
 def hardware_report(run: Run, env: gym.Env, rb: ReplayBuffer, agent: "Agent", seconds: float = 0.2) -> None:

@@ -1076,7 +1076,7 @@ def log_wandb(args: Args, job: str, out: Path, tables: dict[str, list[dict]], fi
             name=f"{job}_{out.resolve().name}",
             config=vars(args),
             mode=None if online else "offline",
-            settings=wandb.Settings(silent=True, console="off", init_timeout=30),
+            settings=wandb.Settings(silent=True, console="off", init_timeout=30, finish_timeout=600),
         )
         for name, rows in tables.items():
             if rows:

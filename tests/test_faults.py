@@ -1,5 +1,6 @@
 """What goes wrong: bad input, NaN, a full disk, lost streams, Weights & Biases; and the command line as typed."""
 
+import errno
 import json
 import os
 import resource
@@ -247,3 +248,58 @@ def test_as_a_user_types_it(tmp_path):
     assert {"masks.npz", "meta.json", "rnm_td3_continuous.py"} <= {p.name for p in (offline[0] / "files").iterdir()}
     text = subprocess.run([*command[:2], "--help"], capture_output=True, text=True).stdout
     assert "--env-id" in text and "--no-track" in text
+
+
+def test_a_finished_run_is_on_the_disk_before_it_says_so(dense, small, monkeypatch):
+    """Also after a power cut: metrics.csv, then meta.json, and only then the checkpoint goes."""
+    calls, fsync, unlink = [], os.fsync, Path.unlink
+    monkeypatch.setattr(os, "fsync", lambda fd: calls.append(Path(f"/proc/self/fd/{fd}").readlink().name) or fsync(fd))
+    monkeypatch.setattr(Path, "unlink", lambda path, **more: calls.append(f"no {path.name}") or unlink(path, **more))
+    dense.train(small(dense, total_timesteps=5))
+    wanted = {"metrics.csv": "c", "meta.json.tmp": "m", "no checkpoint.pt": "-"}
+    assert "".join(wanted.get(name, "") for name in calls) == "mc" + "cm-" + "mm"  # the report, the end
+
+
+def test_a_file_system_without_locks(dense, small, monkeypatch, capsys):
+    def fail(number):
+        def flock(*_):
+            raise OSError(number, os.strerror(number))
+
+        return flock
+
+    monkeypatch.setattr(dense.fcntl, "flock", fail(errno.ENOLCK))
+    assert dense.train(small(dense, total_timesteps=5))["exit_reason"] == "finished"
+    assert "can't be locked: don't resume a run twice at once" in capsys.readouterr().err
+    monkeypatch.setattr(dense.fcntl, "flock", fail(errno.EIO))
+    with pytest.raises(dense.UserError, match="Input/output error"):
+        dense.train(small(dense, total_timesteps=5))
+
+
+def test_what_another_process_finishes_while_this_one_loads(dense, small, monkeypatch, cli):
+    with monkeypatch.context() as patch:
+        stop_at(patch, dense, 100)
+        part = Path(dense.train(small(dense))["run_dir"])
+    load_checkpoint, files = dense.load_checkpoint, {}
+
+    def load_late(args, *things):
+        load_checkpoint(args, *things)
+        (part / "checkpoint.pt").unlink()  # as Run.finish does
+        files.update({path.name: path.read_bytes() for path in part.iterdir()})
+
+    monkeypatch.setattr(dense, "load_checkpoint", load_late)
+    code, _, err = cli(dense, "--resume", part, small=False)
+    assert code == 2 and err == f"error: {part} has been finished by another process\n"
+    assert files == {path.name: path.read_bytes() for path in part.iterdir()}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="no /proc")
+def test_a_resumed_run_lets_go_of_its_checkpoint(script, small, monkeypatch, cli):
+    """Which would take its place on the disk as long as the run lives."""
+    with monkeypatch.context() as patch:
+        stop_at(patch, script, 200)
+        part = script.train(small(script))["run_dir"]
+    maps, update = [], script.update_agent
+    look = lambda: len(maps) > 1 or maps.append(Path("/proc/self/maps").read_text())  # noqa: E731
+    monkeypatch.setattr(script, "update_agent", lambda *args: (look(), update(*args))[1])
+    assert cli(script, "--resume", part, small=False)[0] == 0
+    assert maps and not any("checkpoint.pt" in text for text in maps)

@@ -298,7 +298,7 @@ def test_code_hash(script):
     assert len({wanted, *map(script.code_hash, other.values())}) == 4
 
 
-def test_a_fork_is_recorded_as_one(small, tmp_path):
+def test_a_fork_is_recorded_as_one(small, monkeypatch, tmp_path):
     """dirty says that the running script is not the commit's, also where git does not know it; a hash says which."""
     git = ["git", "-C", str(tmp_path), "-c", "user.name=T", "-c", "user.email=t@example.org"]
     for name in ("dense_td3_continuous.py", "fork.py"):
@@ -311,6 +311,13 @@ def test_a_fork_is_recorded_as_one(small, tmp_path):
         module = load(tmp_path / name)
         runs.append(Path(module.train(small(module, total_timesteps=1))["run_dir"]))
         assert (runs[-1] / name).read_bytes() == (tmp_path / name).read_bytes()
+    (tmp_path / name).write_text("edited meanwhile")  # what runs is the fork
+    late = Path(module.train(small(module, total_timesteps=1))["run_dir"])
+    assert (late / name).read_bytes() == (runs[-1] / name).read_bytes()
+    assert read_meta(late)["code"] == read_meta(runs[-1])["code"]
+    monkeypatch.setattr(module.shutil, "which", lambda _: None)
+    alone = read_meta(module.train(small(module, total_timesteps=1))["run_dir"])
+    assert alone["commit"] is None and alone["dirty"]  # nobody knows
     original, fork = map(read_meta, runs)
     assert (original["dirty"], fork["dirty"]) == (False, True) and fork["script"] == "fork.py"
     assert original["commit"] == fork["commit"] and original["code"] != fork["code"]
