@@ -195,8 +195,16 @@ def test_a_wrong_actor_is_named(monkeypatch):
     assert content["wrong"][1].startswith("actor in numpy: error")
 
 
-@pytest.mark.parametrize("fault", [KeyboardInterrupt, signal.SIGTERM, MemoryError])
-@pytest.mark.parametrize("stage", ["cpu_limits", "time_once", "layer_rows", "measure_actor", "measure_masks"])
+@pytest.mark.parametrize(
+    ("stage", "fault"),
+    [
+        ("cpu_limits", KeyboardInterrupt),
+        ("time_once", signal.SIGTERM),
+        ("layer_rows", MemoryError),
+        ("measure_actor", KeyboardInterrupt),
+        ("measure_masks", MemoryError),
+    ],
+)
 def test_what_stops_it_keeps_what_is_measured(monkeypatch, capsys, tmp_path, stage, fault):
     function, calls = getattr(bench, stage), []
 

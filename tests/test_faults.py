@@ -293,13 +293,13 @@ def test_what_another_process_finishes_while_this_one_loads(dense, small, monkey
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="no /proc")
-def test_a_resumed_run_lets_go_of_its_checkpoint(script, small, monkeypatch, cli):
+def test_a_resumed_run_lets_go_of_its_checkpoint(twin, small, monkeypatch, cli):
     """Which would take its place on the disk as long as the run lives."""
     with monkeypatch.context() as patch:
-        stop_at(patch, script, 200)
-        part = script.train(small(script))["run_dir"]
-    maps, update = [], script.update_agent
+        stop_at(patch, twin, 200)
+        part = twin.train(small(twin))["run_dir"]
+    maps, update = [], twin.update_agent
     look = lambda: len(maps) > 1 or maps.append(Path("/proc/self/maps").read_text())  # noqa: E731
-    monkeypatch.setattr(script, "update_agent", lambda *args: (look(), update(*args))[1])
-    assert cli(script, "--resume", part, small=False)[0] == 0
+    monkeypatch.setattr(twin, "update_agent", lambda *args: (look(), update(*args))[1])
+    assert cli(twin, "--resume", part, small=False)[0] == 0
     assert maps and not any("checkpoint.pt" in text for text in maps)
