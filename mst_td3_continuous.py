@@ -1311,13 +1311,13 @@ def start_wandb(args: "Args", meta: dict):
     tags += [tag[:64] for tag in os.environ.pop("WANDB_TAGS", "").split(",") if tag]  # wandb refuses longer ones
     options = {"project": args.wandb_project_name, "entity": args.wandb_entity, "id": meta["wandb_id"], "tags": tags}
     options |= {"name": meta["run_name"], "group": args.env_id, "resume": "allow" if args.resume else None}
-    settings = wandb.Settings(silent=True, console="off", init_timeout=30, finish_timeout=600)
     options |= {"config": meta["args"] | {"meta": {key: value for key, value in meta.items() if key != "args"}}}
     for mode in (wanted, "offline"):  # no network, a wrong key, project, mode: none may cost a run
         try:
             options["mode"] = mode or ("online" if wandb.login(prompt=False, verify=False) else "offline")
             os.environ["WANDB_MODE"] = options["mode"]  # a wrong word there is an error whatever `mode` says
-            run = wandb.init(settings=settings, **options)
+            options["settings"] = wandb.Settings(silent=True, console="off", init_timeout=30, finish_timeout=600)
+            run = wandb.init(**options)
             run.define_metric("*", step_metric="global_step")
             folder = Path(run.dir).parent
             hint = f"W&B is offline: look with `wandb leet {folder.parent}`, upload with `wandb sync {folder}`"
@@ -1469,7 +1469,7 @@ def load_checkpoint(args: "Args", state: "State", agent: "Agent", rb: ReplayBuff
         raise UserError(f"{path} is missing: the run has not come to one, or it finished without --keep-replay")
     try:
         content = read_torch(path, map_location=None)
-        rows = content["rb"]["rows"]
+        rows = content["rb"].get("rows")  # a fork's replay may have none
         content = copy.deepcopy(content, {id(rows): rows})  # what stays must not be the file's memory
         unpack(content, {"agent": vars(agent), "state": vars(state)})
         rb.load_state_dict(content["rb"])

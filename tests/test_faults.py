@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import (
     ROOT,
+    assert_same_run,
     checkpoint_step,
     flags,
     read_meta,
@@ -303,3 +304,21 @@ def test_a_resumed_run_lets_go_of_its_checkpoint(twin, small, monkeypatch, cli):
     monkeypatch.setattr(twin, "update_agent", lambda *args: (look(), update(*args))[1])
     assert cli(twin, "--resume", part, small=False)[0] == 0
     assert maps and not any("checkpoint.pt" in text for text in maps)
+
+
+def test_a_replay_that_keeps_itself_in_another_way(dense, small, monkeypatch, cli):
+    class Own(dense.ReplayBuffer):
+        def state_dict(self):
+            return {"number": self.added, "mine": self.rows.clone()}
+
+        def load_state_dict(self, state):
+            self.added = state["number"]
+            self.rows[:] = state["mine"]
+
+    monkeypatch.setattr(dense, "ReplayBuffer", Own)
+    whole = dense.train(small(dense))["run_dir"]
+    with monkeypatch.context() as patch:
+        stop_at(patch, dense, 200)
+        part = dense.train(small(dense))["run_dir"]
+    assert cli(dense, "--resume", part, small=False)[0] == 0
+    assert_same_run(whole, part)
