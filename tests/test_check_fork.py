@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, load
 
 import check_fork
 
@@ -84,17 +84,32 @@ def test_each_fault_is_named(monkeypatch, capsys, tmp_path):
     assert (next(tmp_path.glob("check_fork_*")) / "whole").is_dir()  # to look at
 
 
-@pytest.mark.slow
-def test_evaluations_that_change_something_and_masks_that_do_not(monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(check_fork.tempfile, "tempdir", str(tmp_path))
-    path = fork(tmp_path / "fork.py", "rlx2_td3_continuous.py", EVALUATED)
-    more = ["--mask-update-interval=2000", "--delay-nstep=300", "--kernel=torch"]
-    more += ["--actor-sparsity=0", "--critic-sparsity=0.5"]
-    code, found, err = check(monkeypatch, capsys, path, *FLAGS, *more)
-    assert (code, err) == (1, "") and found["repeats"].startswith("NOT ALIKE: first at step ")
-    assert "--seed" not in found["repeats"]  # nothing is known of what they begin with
-    assert re.match(r"NOT ALIKE: .*return -[^;]*; the run itself had return -", found["keeps"])
-    assert found["warning:"].startswith("the topology of ") and "shrinks" not in str(found)
+def test_evaluations_that_change_training_and_each_other(dense, small, monkeypatch, capsys, tmp_path):
+    """Runs made here, in less time than those of a user; the policies are evaluated as his are."""
+    path = fork(tmp_path / "dense_td3_continuous.py", dense.__file__, EVALUATED)
+    made = []
+    for change in ({"eval_interval": 100}, {"eval_interval": 50}, {"total_timesteps": 100}):
+        module = load(path)
+        made.append(Path(module.train(small(module, env_id="toy_envs:Reach-v0", **change))["run_dir"]))
+    whole, again, stopped = made
+    (tmp_path / "whole.log").write_text("warning: what a script warns of\n" * 2)
+    monkeypatch.setattr(check_fork, "make_runs", lambda *_: (whole, again, whole, stopped, whole, whole))
+    capsys.readouterr()
+    assert not check_fork.check(path, [], tmp_path)
+    nothing, warning, repeats, resumes, keeps, trains = capsys.readouterr().out.splitlines()
+    assert nothing.startswith("computes   nothing to compare: ") and warning == "warning: what a script warns of"
+    assert repeats.startswith("repeats    NOT ALIKE: first at step ")
+    assert "--seed" not in repeats  # nothing is known of what they begin with
+    assert re.match(r"keeps      NOT ALIKE: .*return -[^;]*; the run itself had return -", keeps)
+    assert (resumes, trains) == ("resumes    ok", "trains     all tensors")
+
+
+def test_short_runs_come_to_all_that_the_flags_ask_for(rlx2, mst, capsys):
+    """Masks change, targets get their n steps, the replay buffer shrinks: neither script warns."""
+    args, more = (x.parse_args(check_fork.known(Path(x.__file__), check_fork.SHORT)) for x in (rlx2, mst))
+    rlx2.check_schedule(args)
+    mst.check_schedule(more, mst.Agent(mst.sparsify(mst.make_networks(more, mst.make_env("Reach-v0")), more), lr=1e-3))
+    assert capsys.readouterr().err == ""
 
 
 def test_runs_of_two_seeds_differ_and_where(dense, small):
