@@ -464,7 +464,7 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
         raise UserError(f"--env-id {env_id} must name the version, as in Ant-v4")
     warnings.filterwarnings("ignore", ".*is out of date", DeprecationWarning)  # v4 is what was published
     try:
-        env = gym.make(env_id, render_mode=render_mode, disable_env_checker=True)  # the checker costs time each step
+        env = gym.make(env_id, render_mode=render_mode, disable_env_checker=True)  # it costs time each step
     except Exception as error:
         raise UserError(f"--env-id {env_id}: {first_line(error)}") from None
     obs, action = env.observation_space, env.action_space
@@ -648,8 +648,7 @@ class Run:
             facts = {"resumed": [*self.meta.get("resumed", []), {"global_step": state.global_step, **facts}]}
         else:
             method = f"{args.exp_name}_{stats['pattern']}".removesuffix("_dense")
-            name = f"{args.env_id}__{method}__s{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}"
-            name = re.sub(r"[^\w.-]", "-", name)
+            name = re.sub(r"[^\w.-]", "-", f"{args.env_id}__{method}__s{args.seed}__{datetime.now():%Y%m%d-%H%M%S-%f}")
             self.dir = Path(args.runs_dir, name)
             try:
                 self.dir.mkdir(parents=True)
@@ -657,7 +656,7 @@ class Run:
             except OSError as error:
                 raise UserError(f"--runs-dir {args.runs_dir}: {error}") from None
             self.meta = {"script": Path(__file__).name, "run_name": name, "start": time.strftime("%Y-%m-%dT%H:%M:%S%z")}
-            self.meta["wandb_id"] = f"{name}-{os.urandom(2).hex()}"  # names are unique in a folder only
+            self.meta["wandb_id"] = f"{name}-{os.urandom(2).hex()}"  # names are unique per folder
         self.density = {f"sparsity/density/{name}": value for name, value in stats["density"].items()}
         self.csv = open_metrics(self.dir / "metrics.csv", columns, state.csv_bytes)
         self.writer = csv.DictWriter(self.csv, columns, lineterminator="\n")
@@ -679,7 +678,7 @@ class Run:
         if self.stop_signal:
             os._exit(128 + number)
         self.stop_signal = "sigint" if number == signal.SIGINT else "sigterm"
-        with contextlib.suppress(OSError):  # the pipe's reader may have died of the same Ctrl-C
+        with contextlib.suppress(OSError):  # its reader may have died of the same Ctrl-C
             os.write(2, b"\nstopping at the end of this episode; once more to leave at once\n")
 
     def __exit__(self, kind, error, _traceback) -> None:
@@ -688,7 +687,7 @@ class Run:
         self.bar.close()
         if stopped := self.meta["exit_reason"] == "running":
             self.meta["exit_reason"] = {None: self.stop_signal, FloatingPointError: "nan"}.get(kind, "error")
-        with contextlib.suppress(OSError):  # on a full disk the first error is the one to report
+        with contextlib.suppress(OSError):  # on a full disk the first error is reported
             self.write_meta(end=time.strftime("%Y-%m-%dT%H:%M:%S%z"))
             self.csv.close()
         if stopped:
@@ -772,7 +771,7 @@ class Run:
         for path in (self.dir / "videos").glob("*.mp4"):
             self.wandb.log({"video": wandb.Video(str(path), format="mp4"), "global_step": self.args.total_timesteps})
         self.wandb.summary.update({"final_score": self.meta["final_score"], **self.meta.get("hardware_report", {})})
-        for name in ("meta.json", "masks.npz", self.meta["script"]):  # copies, which stay when the run's folder goes
+        for name in ("meta.json", "masks.npz", self.meta["script"]):  # copies outlive the run's folder
             if (self.dir / name).exists():
                 self.wandb.save(shutil.copy(self.dir / name, self.wandb.dir), base_path=self.wandb.dir, policy="now")
         self.wandb.finish(exit_code=int(self.meta["exit_reason"] != "finished"))
@@ -1006,7 +1005,8 @@ def machine_facts(args: "Args") -> dict:
         return subprocess.run(command, capture_output=True, text=True).stdout.strip()
 
     path, cpuinfo = Path(__file__).resolve(), Path("/proc/cpuinfo").read_text() if sys.platform == "linux" else ""
-    hardware = re.findall(r"model name\s*: (.*)", cpuinfo)[:1] or [os.uname().machine]
+    cpu = re.search(r"cpu family\s*: (.*)\nmodel\s*: (.*)\nmodel name\s*: (.*)", cpuinfo)
+    hardware = [f"{cpu[3]} (family {cpu[1]}, model {cpu[2]})" if cpu else os.uname().machine]
     hardware += [torch.cuda.get_device_name()] if args.device == "cuda" else []
     versions = {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy", "wandb")}
     facts = {"n": getattr(args, "n", None), "m": getattr(args, "m", None), "threads": args.threads}

@@ -1048,11 +1048,11 @@ def conditions(args: Args) -> dict:
     versions["numpy's BLAS"] = f"{blas['name']} {blas['version']} {os.environ.get('OPENBLAS_CORETYPE', '')}".strip()
     if args.device == "cuda":
         versions |= {"cuda": torch.version.cuda, "cusparselt": torch.backends.cusparselt.version()}
-    model = re.search(r"model name\s*: (.*)", CPUINFO)
+    cpu = re.search(r"cpu family\s*: (.*)\nmodel\s*: (.*)\nmodel name\s*: (.*)", CPUINFO)
     git = shutil.which("git") or "true", "-C", str(HERE), *"describe --always --dirty --abbrev=40 --exclude=*".split()
     return {
         "args": {name: value for name, value in asdict(args).items() if name != "out"},
-        "cpu": model[1] if model else platform.machine(),
+        "cpu": f"{cpu[3]} (family {cpu[1]}, model {cpu[2]})" if cpu else platform.machine(),
         "gpu": torch.cuda.get_device_name() if args.device == "cuda" else None,
         "cores": CORES,
         "capability": torch.backends.cpu.get_cpu_capability(),

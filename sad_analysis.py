@@ -53,7 +53,7 @@ class Args:
     """user or team whose runs in Weights & Biases to read (with --wandb-project-name), and to write to"""
     wandb_project_name: str | None = None
     """project in Weights & Biases whose runs to read; the analysis is written there, else to nm-sparse-rl"""
-    resamples: int = 2000
+    resamples: int = 10_000
     """bootstrap resamples for each interval, >= 100"""
     thin: str | None = None
     """new folder to copy the runs to, thinned: rows of evaluations and of 40 refreshes, SAD between as many masks"""
@@ -146,6 +146,7 @@ class Run:
     machine: str
     kernel: str
     start: float  # seconds since 1970
+    interval: float  # K; NaN where a fork has none or no number
 
     def curve(self, key: str) -> pd.Series:
         """A key over environment steps, where it has a value."""
@@ -235,6 +236,7 @@ def load_run(folder: Path) -> Run:
     timed = "charts/cpu_time_s" in metrics and args.get("device") != "cuda"
     minutes = metrics["charts/cpu_time_s"].iloc[-1] / 60 if timed else math.nan
     ends = through(meta, machine), through(meta, lambda part: part["kernel"]), pd.Timestamp(meta["start"]).timestamp()
+    ends += (float(pd.to_numeric(args.get("mask_update_interval", math.nan), errors="coerce")),)
     kind = pattern, args.get("hidden_dim", DEFAULTS["hidden_dim"]), ", ".join(fork), code, flops_per_update(meta)
     return Run(meta["run_name"], folder, meta, args, metrics, masks, curves, rowwise, setting, *kind, minutes, *ends)
 
@@ -396,7 +398,7 @@ def settled_sad(run: Run, window: float) -> float:
 
     NaN for dense, and with a K longer than the window: then no other mask is that young.
     """
-    if not run.masks or run.args.get("mask_update_interval", 0) > window:
+    if not run.masks or run.interval > window:
         return math.nan
     return statistics.fmean(float(E.iloc[before_end(E.index, window), -1]) for E in run.masks.values())
 
@@ -514,7 +516,7 @@ class Study:
                 self.timed[c] = []
         self.nets = list(dict.fromkeys(net for c in self.configurations for run in c.runs for net in run.masks))
         # Of settled SAD, in steps: a tenth of training, or the longest K up to a quarter.
-        total, Ks = self.setting["total_timesteps"], [c.first.args.get("mask_update_interval", 0) for c in self.moving]
+        total, Ks = self.setting["total_timesteps"], [c.first.interval for c in self.moving]
         self.window = max(0.1 * total, *(K for K in Ks if K <= total / 4), 0)
 
     def plain(self, pattern: str, width: int) -> Configuration | None:
@@ -801,9 +803,9 @@ def draw_interval(study: Study, resamples: int) -> Figure | None:
     """4: mask-update interval K against return and SAD, for configurations that differ in K alone."""
     families = {}
     for c in study.configurations:
-        if c.first.pattern != "dense":
+        if c.first.pattern != "dense" and not math.isnan(c.first.interval):
             family = ", ".join(word for word in c.label.split(", ") if not re.match("K = |static masks", word))
-            families.setdefault(family, {})[c.first.args.get("mask_update_interval") or math.inf] = c
+            families.setdefault(family, {})[c.first.interval or math.inf] = c
     families = {name: dict(sorted(found.items())) for name, found in families.items() if len(found) > 1}
     if not families:
         return None
@@ -821,7 +823,7 @@ def draw_interval(study: Study, resamples: int) -> Figure | None:
             line = [K for K in values if K < math.inf]  # static masks are no longer K
             ax.plot([order.index(K) for K in line], [iqm(values[K]) for K in line], label=name, **look)
     for ax, y in zip(axes, ("final score (IQM, 95 % interval)", "SAD of the last to the first mask"), strict=True):
-        ax.set(xlabel="K, critic updates between refreshes", ylabel=y)
+        ax.set(xlabel="K, updates between refreshes", ylabel=y)
         ax.set_xticks(range(len(order)), [f"{K:,}" if K < math.inf else "static" for K in order])
     return add_legend(figure)
 
@@ -884,12 +886,12 @@ In brackets: 95 % bootstrap intervals over seeds ({resamples:,} resamples). One 
 they are too narrow: they hold the mean of three in about 75 %, of five in about 84 % of cases. No correction for many
 comparisons. The IQM of up to three seeds is their mean. Each configuration is compared with the dense script's and
 with its pattern's default one; of several codes of those, with the one that has the most seeds. Of dense: the ratio of
-the IQMs of all seeds, where every dense run scored above zero. Gain: mean difference of the scores of equal seeds (in
-pairs). P better: probability that a run scores more than a dense one (at 0 and 1 its interval says nothing). Skipped
-runs, those that diverged among them, are in no mean. Core minutes: CPU time of training, median of the
-seeds that ran on the kind of CPU (with as many threads) on which most of dense's did, if they are more than half; "Ran
-on" tells where the others ran. Settled SAD: mean over seeds. Settled step: from there on the mask is within 10 % of the
-final one, at the latest (median; inf: only the final mask is).
+the IQMs of all seeds (dense's are named if they are others), where every dense run scored above zero. Gain: mean
+difference of the scores of equal seeds (in pairs). P better: probability that a run scores more than a dense one (at 0
+and 1 its interval says nothing). Skipped runs, those that diverged among them, are in no mean. Core minutes: CPU time
+of training, median of the seeds that ran on the kind of CPU (with as many threads) on which most of dense's did, if
+they are more than half; "Ran on" tells where the others ran. Settled SAD: mean over seeds. Settled step: from there on
+the mask is within 10 % of the final one, at the latest (median; inf: only the final mask is).
 """
 TIMES = """Steps and core minutes until an evaluation first returned 50, 75, 90 % of dense's score: medians (of an
 even number the higher one); inf: half of the seeds or more never did. One evaluation is enough, also in a run that
@@ -924,7 +926,7 @@ def correlation_texts(study: Study, resamples: int) -> list[str]:
     for name, found in groups.items():
         found = [pairs for pairs in found if len(pairs) > 2 and (np.ptp(pairs, axis=0) > 0).all()]
         total = sum(map(len, found))
-        text = f"{name}: {count(total, 'run')} with different SAD, too few to correlate"
+        text = f"{name}: too few runs of a configuration to correlate"
         if total >= 3:
             rho = estimate("rho", found, correlation, resamples)
             rho = span(rho, "rho") if total >= 10 else f"{rho['rho']:.2f} (too few runs to conclude)"
@@ -956,7 +958,9 @@ def configuration_row(study: Study, c: Configuration, resamples: int) -> dict:
     row |= {name: args.get(name) for name in ("n", "m", *DEFAULTS)} | {"seeds": len(c.runs)}
     row |= estimate("final_score_iqm", [c.scores], iqm, resamples) | dict.fromkeys(COLUMNS)  # in this order
     if dense and dense is not c:
-        row |= {"dense": dense.label} | paired_difference("gain", c, dense, resamples)
+        seeds = [sorted(run.args["seed"] for run in one.runs) for one in (c, dense)]
+        few = f" (seed{'s' * (len(seeds[1]) > 1)} {', '.join(map(str, seeds[1]))})" * (seeds[0] != seeds[1])
+        row |= {"dense": dense.label + few} | paired_difference("gain", c, dense, resamples)
         row |= estimate("p_better", [c.scores, dense.scores], better, resamples)
         if (dense.scores > 0).all():  # a share of a negative return means nothing
             row |= estimate("of_dense", [c.scores, dense.scores], relative, resamples)

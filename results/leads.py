@@ -67,7 +67,11 @@ def main() -> None:
         studies, replaced = sa.make_studies(runs)
         asked = [study for study in studies if find(study, pairs[0][0])]
         print(f"\nresults/{folders[0]}")
-        rows = [compare(study, *pair) for study in asked for pair in pairs]
+        rows = []
+        for study in asked:  # what counts is a whole study
+            found = [find(study, begin) for pair in pairs for begin in pair]
+            early = "" if all(c and len(c.runs) >= SEEDS for c in found) else " so far"
+            rows += [[*cells, verdict + early] for *cells, verdict in (compare(study, *pair) for pair in pairs)]
         print_table(["environment", "scores", "by seed", "mean", "lead"], rows)
         if rows := [row for study in asked for row in grown(study)]:
             print_table(["environment", "norm outside the first mask", "seeds", *NETS], rows)

@@ -112,7 +112,7 @@ def test_settled_sad_has_one_window(tmp_path):
         assert masks["qf1"].index[-1] == last
         wanted = np.mean([E.loc[last - 5000, last] for E in masks.values()])
         assert sa.settled_sad(by_k[k], study.window) == pytest.approx(wanted) and wanted > 0
-    assert sa.correlation_texts(study, 100) == ["1:4: 0 runs with different SAD, too few to correlate"]  # one seed each
+    assert sa.correlation_texts(study, 100) == ["1:4: too few runs of a configuration to correlate"]  # one seed each
 
 
 def test_correlation_texts(tmp_path):

@@ -64,7 +64,9 @@ def test_a_run_leaves_the_contract_behind(rnm, small):
     assert meta["kernel"] == ("nm" if COMPILER else "torch")
     assert set(meta["versions"]) == {"python", "torch", "gymnasium", "mujoco", "numpy", "wandb"}
     assert meta["script"] == "rnm_td3_continuous.py" and meta["start"] <= meta["end"]
-    assert len(meta["commit"] or "-" * 40) == 40 and meta["hardware"] and meta["threads"] == 1
+    assert len(meta["commit"] or "-" * 40) == 40 and meta["threads"] == 1
+    cpu = r".+ \(family \d+, model \d+\)" if os.uname().machine == "x86_64" else ".+"
+    assert re.fullmatch(cpu, meta["hardware"])
     assert meta["exit_reason"] == "finished" and 0 < meta["cpu_time_s"] and 0 < meta["wall_time_s"]
     evaluations = [float(rows[s]["eval/episodic_return"]) for s in steps if s and rows[s]["eval/episodic_return"]]
     assert meta["final_score"] == pytest.approx(np.mean(evaluations[-5:]))  # the last half of nine

@@ -13,7 +13,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent.parent))
 import sad_analysis as sa  # noqa: E402
 
-SEEDS, RESAMPLES = 5, 2000
+SEEDS, RESAMPLES = 5, 50_000
 ENVIRONMENTS = "HalfCheetah-v5", "Ant-v5"
 MOVING = {"HalfCheetah-v5": ("2:4", "1:4", "1:8", "1:8, K = 100", "1:8, K = 10,000"), "Ant-v5": ("2:4", "1:4", "1:8")}
 NOTHING = {}, 0, ""  # an estimate of sa.estimate("x", ...), its number of seeds, what it was made of
