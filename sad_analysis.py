@@ -824,7 +824,7 @@ def draw_interval(study: Study, resamples: int) -> Figure | None:
             ax.plot([order.index(K) for K in line], [iqm(values[K]) for K in line], label=name, **look)
     for ax, y in zip(axes, ("final score (IQM, 95 % interval)", "SAD of the last to the first mask"), strict=True):
         ax.set(xlabel="K, updates between refreshes", ylabel=y)
-        ax.set_xticks(range(len(order)), [f"{K:,}" if K < math.inf else "static" for K in order])
+        ax.set_xticks(range(len(order)), [f"{K:,.0f}" if K < math.inf else "static" for K in order])
     return add_legend(figure)
 
 

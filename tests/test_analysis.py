@@ -172,7 +172,7 @@ def test_end_to_end(monkeypatch, capsys, tmp_path):
     )
     assert len(names) == 8
     assert "1:4, K = 100" in out and (tmp_path / "a/summary.md").read_text() in out
-    assert f"| 1:4, static masks | 1 | {last_half * 85:.0f} | dense | " in out
+    assert f"| 1:4, static masks | 1 | {last_half * 85:.0f} | dense (seeds 1, 2, 3) | " in out
 
 
 def test_environments_are_pooled_relative_to_dense(monkeypatch, capsys, tmp_path):
