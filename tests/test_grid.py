@@ -417,6 +417,7 @@ def test_the_readme_s_grid_and_sweep(rnm, tmp_path):
     argv = [sys.executable, *shlex.split(command.replace("\\\n", " ")), "--runs-dir", str(tmp_path), "--dry-run"]
     result = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0 and result.stdout.count("starts  ") == 30, result.stderr
+    text = (ROOT / "docs/many_runs.md").read_text()
     sweep = yaml.safe_load(re.search(r"```yaml\n(.*?)```", text, re.DOTALL)[1])
     assert (ROOT / sweep["program"]).is_file()
     choices = {name: choice.get("values") or [choice["value"]] for name, choice in sweep["parameters"].items()}
