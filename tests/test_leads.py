@@ -98,3 +98,28 @@ def test_the_means_on_the_pages_are_those_of_the_runs():
         if c.label in ("dense", "static 98/95", "RLx2 98/95"):
             scores = [f"{score:,.0f}" for score in c.scores]
             assert f"{scores[0]}, {scores[1]} and {scores[2]}" in page or f"({', '.join(scores)})" in page
+
+
+def test_what_the_pages_say_of_mst():
+    """Scores and critics at the end of Hopper-v5's runs."""
+    studies = leads.sa.make_studies(leads.sa.load_all(leads.sa.find_folders((str(ROOT / "results/mst"),)))[0])[0]
+    (found,) = ({c.label: c for c in x.configurations} for x in studies if x.setting["env_id"] == "Hopper-v5")
+    names = "dense", "static/static 60/60", "MST 60/60", "RigL/static 60/60", "MST 2:4/2:4"
+    assert set(found) == set(names) and all([run.args["seed"] for run in c.runs] == [1, 2, 3] for c in found.values())
+    readme, page = (" ".join((ROOT / path).read_text().split()) for path in ("README.md", "results/mst/README.md"))
+    texts = "{} for dense, {} static/static, {} MST, {} swapped (actor RigL, critics static) and {} MST with 2:4"
+    assert texts.format(*(f"{found[name].scores.mean():,.0f}" for name in names)) in readme
+    dense, control, mst, swapped, half = (found[name].scores for name in names)
+    apart = f"{abs(mst - control).max():.0f}"
+    assert f"within {apart} of its control" in readme and f"are {apart} or less apart in every seed" in page
+    assert f"differ by {mst.max() - mst.min():,.0f} between MST's own seeds" in page
+    assert f"dense has {', '.join(f'{score:,.0f}' for score in dense)}." in page
+    assert (half > dense).all() and (swapped > dense).all()
+    ends = {}
+    for name, c in found.items():
+        for key in ("srank", "feature_norm"):
+            values = [run.metrics[f"plasticity/{net}/{key}"].iloc[-1] for run in c.runs for net in ("qf1", "qf2")]
+            ends.setdefault((key, name == "dense"), []).extend(values)
+    low_high = {key: f"{min(values):.3g} to {max(values):.3g}" for key, values in ends.items()}
+    assert f"of {low_high['srank', True]} when dense, of {low_high['srank', False]} when sparse" in page
+    assert f"of {low_high['feature_norm', True]} and {low_high['feature_norm', False]}, in every seed" in page
