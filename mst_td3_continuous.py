@@ -961,7 +961,7 @@ def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
         raise UserError(f"--env-id {env_id} must name the version, as in Ant-v4")
     warnings.filterwarnings("ignore", ".*is out of date", DeprecationWarning)  # v4 is what was published
     try:
-        env = gym.make(env_id, render_mode=render_mode, disable_env_checker=True)  # it costs time each step
+        env = gym.make(env_id, render_mode=render_mode, disable_env_checker=True)  # the checker costs time each step
     except Exception as error:
         raise UserError(f"--env-id {env_id}: {first_line(error)}") from None
     obs, action = env.observation_space, env.action_space
@@ -1175,7 +1175,7 @@ class Run:
         if self.stop_signal:
             os._exit(128 + number)
         self.stop_signal = "sigint" if number == signal.SIGINT else "sigterm"
-        with contextlib.suppress(OSError):  # its reader may have died of the same Ctrl-C
+        with contextlib.suppress(OSError):  # the pipe's reader may have died of the same Ctrl-C
             os.write(2, b"\nstopping at the end of this episode; once more to leave at once\n")
 
     def __exit__(self, kind, error, _traceback) -> None:
