@@ -1,5 +1,6 @@
 """Verdicts on the paper's claims: the rules by hand, and that the page says what its runs say."""
 
+import functools
 import re
 import sys
 from types import SimpleNamespace
@@ -115,21 +116,31 @@ def test_the_page_has_the_table_of_its_runs(capsys):
     assert table.count("\n") > 10 and table in (ROOT / "results/paper/README.md").read_text()
 
 
+@functools.cache
+def paper():
+    """Runs of results/paper, and studies by environment."""
+    runs = claims.sa.load_all(claims.sa.find_folders((str(ROOT / "results/paper"),)))[0]
+    return runs, claims.by_environment(claims.sa.make_studies(runs)[0])
+
+
+def by_seed(env, label):
+    return {run.args["seed"]: run for run in paper()[1][env].plain(label, 256).runs}
+
+
 def test_the_readme_on_acting_and_on_another_cpu():
     """An action over dense's on the Zen 4; 1:8 minus dense, had the CPU time been as on the Xeon; 2:4 over dense"""
     readme = " ".join((ROOT / "README.md").read_text().split())
-    runs = claims.sa.load_all(claims.sa.find_folders((str(ROOT / "results/paper"),)))[0]
-    times = [run.meta["hardware_report"] for run in runs if run.meta["n"] and "AMD" in run.machine]
+    times = [run.meta["hardware_report"] for run in paper()[0] if run.meta["n"] and "AMD" in run.machine]
     times = [row["hardware/actor_us"] / row["hardware/actor_us_dense"] for row in times]
     assert len(times) == 18 and f"takes {min(times):.1f} to {max(times):.1f} times as long as dense's" in readme
     xeon = (ROOT / "results/end_to_end_xeon/summary.md").read_text()
     gain, found, shares = float(re.search(r"\| 1:8 +\|.* ([\d.]+) \|", xeon)[1]), {}, []
-    for env, part in claims.by_environment(claims.sa.make_studies(runs)[0]).items():
-        dense, own = ({run.args["seed"]: run for run in part.plain(name, 256).runs} for name in ("dense", "1:8"))
+    for env in paper()[1]:
+        dense, own = by_seed(env, "dense"), by_seed(env, "1:8")
         stopped = {i: claims.sa.score_within(dense[i], dense[i].minutes / gain) for i in (1, 2, 3)}
         found[env] = [own[i].meta["final_score"] - stopped[i] for i in (1, 2, 3)]
-        half = {run.args["seed"]: run.meta["final_score"] for run in part.plain("2:4", 256).runs}
-        shares += [half[i] / dense[i].meta["final_score"] for i in (1, 2, 3)]
+        half = by_seed(env, "2:4")
+        shares += [half[i].meta["final_score"] / dense[i].meta["final_score"] for i in (1, 2, 3)]
     below = -np.mean(found["HalfCheetah-v5"])
     assert f"some {round(below, -2):,.0f} below dense on HalfCheetah" in readme
     assert (np.array(found["HalfCheetah-v5"]) < 0).all() and (np.array(found["Ant-v5"]) > 0).sum() == 1
@@ -141,11 +152,9 @@ def test_the_readme_on_acting_and_on_another_cpu():
 def test_the_readme_on_the_defaults():
     """1:8 of HalfCheetah-v5: variants minus K = 1,000, by seeds that both have."""
     readme = " ".join((ROOT / "README.md").read_text().split())
-    folders = claims.sa.find_folders((str(ROOT / "results/paper"),))
-    part = claims.by_environment(claims.sa.make_studies(claims.sa.load_all(folders)[0])[0])["HalfCheetah-v5"]
-    plain = {run.args["seed"]: run.meta["final_score"] for run in part.plain("1:8", 256).runs}
+    plain = {seed: run.meta["final_score"] for seed, run in by_seed("HalfCheetah-v5", "1:8").items()}
     gains = {}
-    for c in part.configurations:
+    for c in paper()[1]["HalfCheetah-v5"].configurations:
         found = {run.args["seed"]: run.meta["final_score"] for run in c.runs}
         gains[c.label] = [found[seed] - plain[seed] for seed in sorted(found.keys() & plain.keys())]
         assert len(gains[c.label]) == 3
@@ -156,6 +165,24 @@ def test_the_readme_on_the_defaults():
     assert said.format(*(lost[label] for label in less)) in readme and all(max(gains[label]) < 0 for label in less)
     assert f"K = 10,000 in two ({lost['1:8, K = 10,000']:.0f})" in readme
     assert sum(gain < 0 for gain in gains["1:8, K = 10,000"]) == 2
+
+
+def test_signs_at_equal_cpu_time_hang_on_the_minutes():
+    """Minus dense, had it stopped then: 2:4 on Ant after 5 % more minutes, 1:8 on HalfCheetah after 10 % less."""
+
+    def gains(env, label, factor):
+        dense, own = by_seed(env, "dense"), by_seed(env, label)
+        stopped = {seed: claims.sa.score_within(dense[seed], factor * run.minutes) for seed, run in own.items()}
+        return [run.meta["final_score"] - stopped[seed] for seed, run in own.items()]
+
+    now, more = gains("Ant-v5", "2:4", 1), gains("Ant-v5", "2:4", 1.05)
+    assert min(now) > 0 and sum(gain < 0 for gain in more) == 1
+    less = gains("HalfCheetah-v5", "1:8", 0.9)
+    assert min(gains("HalfCheetah-v5", "1:8", 1)) < 0 < min(less)
+    page, readme = (" ".join((ROOT / x / "README.md").read_text().split()) for x in ("results/paper", "."))
+    assert f"in one seed (by {-min(more):.0f}, not ahead by {min(now):.0f})" in page
+    assert f"ahead on HalfCheetah in all (by {min(less):.0f} to {max(less):.0f})" in page
+    assert f"(2:4 in one by {min(now):.0f}, which 5 % more core minutes would undo)" in readme
 
 
 def test_halfcheetah_v4_and_v5_are_one_task():

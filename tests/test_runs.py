@@ -29,6 +29,7 @@ from conftest import (
 COMPILER = shutil.which(os.environ.get("CC", "cc"))
 
 
+@pytest.mark.parametrize("script", ["dense", "mst"], indirect=True)  # MST's also normalises
 def test_an_environment_may_return_one_array(script, small):
     """Which its next step changes: what was stored of it before stays."""
     runs = [script.train(small(script, env_id=env_id))["run_dir"] for env_id in ("Reach-v0", "InPlace-v0")]
@@ -278,12 +279,12 @@ def test_what_is_stored_and_how_it_was_chosen(dense, rnm, rlx2, small, monkeypat
             assert np.array_equal([row["policy_actions"] for row in rows], torch.stack(warm + policies[:400]).numpy())
 
 
-def test_code_hash(script):
+def test_code_hash(dense):
     """Comments, docstrings and line breaks do not count; everything else does."""
-    source = Path(script.__file__).read_text()
-    wanted = script.code_hash(source)
+    source = Path(dense.__file__).read_text()
+    wanted = dense.code_hash(source)
     assert re.fullmatch("[0-9a-f]{16}", wanted)
-    doc = script.update_actor.__doc__
+    doc = dense.update_actor.__doc__
     same = {
         "comments and formatting": ast.unparse(ast.parse(source)),
         "a comment": source.replace("\ndef update_actor", "\n# the actor\ndef update_actor"),
@@ -296,8 +297,8 @@ def test_code_hash(script):
         "a string": source.replace('"losses/actor_loss"', '"losses/policy_loss"'),
     }
     assert all(text != source for text in (same | other).values())
-    assert {name: script.code_hash(text) for name, text in same.items()} == dict.fromkeys(same, wanted)
-    assert len({wanted, *map(script.code_hash, other.values())}) == 4
+    assert {name: dense.code_hash(text) for name, text in same.items()} == dict.fromkeys(same, wanted)
+    assert len({wanted, *map(dense.code_hash, other.values())}) == 4
 
 
 def test_a_fork_is_recorded_as_one(small, monkeypatch, tmp_path):
