@@ -33,7 +33,7 @@ policy with --evaluate runs/<run_name>. Controls: --critic-regime static (static
       a step, 25,000 random ones and gamma are TD3's (SimBa's rule gives 0.995 for episodes of 1,000 steps).
       ReLU everywhere; biases and norms decay. Critics see actions in the environment's units (SimBa's: in [-1, 1]).
   M8  Statistics of observations take in what training acts on, random steps too; replay holds raw observations, which
-      all networks normalise with today's statistics.
+      all networks normalise with today's statistics; nothing is clipped, as in SimBa's.
 """
 
 import ast
@@ -205,8 +205,8 @@ def project(W: torch.Tensor, n: int, m: int) -> torch.Tensor:
 class SparseLinear(nn.Module):
     """nn.Linear with weights only where the mask E [out, in] is True: x [B, in] -> x W~^T + bias [B, out].
 
-    Only `active_weights` [kept], row after row, and `bias` are parameters. Every other weight is zero: it has no
-    gradient, no weight decay, no place in the optimizer.
+    Only `active_weights` [kept], one-dimensional, row after row, and `bias` are parameters. Every other weight is zero:
+    it has no gradient, no weight decay, no place in the optimizer.
     """
 
     def __init__(self, linear: nn.Linear, E: torch.Tensor, nm: tuple[int, int] | None):
@@ -221,6 +221,9 @@ class SparseLinear(nn.Module):
     def E(self) -> torch.Tensor:
         """The mask [out, in], bool."""
         return self.positions.new_zeros(self.shape, dtype=torch.bool).put_(self.positions, self.positions >= 0)
+
+    def reset_parameters(self) -> None:
+        raise NotImplementedError("a SparseLinear is not reset as nn.Linear is: see docs/forking.md")
 
     def sparse_weight(self) -> torch.Tensor:
         """W~ [out, in], zero at the inactive positions; its gradient reaches the active weights alone."""
@@ -264,16 +267,15 @@ def sparsify(networks: dict[str, nn.Module], args: Args) -> dict[str, nn.Module]
     return networks
 
 
-def drop_fractions(args: Args, update: int) -> dict[str, float]:
-    """zeta, the share of its weights that "critic" and "actor" drop at the critics' update number `update`, one a step,
-    by a cosine from drop_fraction to 0; a module whose masks stay is not in it (M3). The actor can change only at
-    multiples of policy_frequency."""
-    zeta, last = {}, args.total_timesteps - args.learning_starts
-    for name, every in (("critic", 1), ("actor", args.policy_frequency)):  # steps between updates of its own
-        own, end = update // every, args.mask_end * (last // every)
-        due = update % (every * args.mask_update_interval) == 0 and own < end
-        if due and regimes(args)[name][0] not in ("dense", "static"):
-            zeta[name] = args.drop_fraction / 2 * (1 + math.cos(math.pi * (own / end)))
+def drop_fractions(args: Args, update: int, global_step: int) -> dict[str, float]:
+    """zeta, the share of its weights that "critic" and "actor" drop at the critics' update number `update`, made in
+    step global_step, by a cosine over steps from drop_fraction to 0; a module whose masks stay is not in it (M3). The
+    actor can change only at multiples of policy_frequency."""
+    zeta, now, last = {}, global_step - args.learning_starts, args.total_timesteps - args.learning_starts
+    for name, every in (("critic", 1), ("actor", args.policy_frequency)):  # updates between those of its own
+        due, end = update % (every * args.mask_update_interval) == 0, args.mask_end * (last // every * every)
+        if due and now < end and regimes(args)[name][0] not in ("dense", "static"):
+            zeta[name] = args.drop_fraction / 2 * (1 + math.cos(math.pi * (now / end)))
     return zeta
 
 
@@ -360,11 +362,13 @@ def change_topology(agent: "Agent", networks: list["Network"], gradients: dict, 
             places = rule(layer, score, drop)
             if len(places) != len(layer.positions) or (places.diff() <= 0).any():
                 raise ValueError(f"{net.name}.{name}: a rule returns as many places as before, each once, ascending")
-            packed = {layer.active_weights, target.active_weights}  # each [kept]; one, if a fork has no target
+            start = layer.active_weights.new_zeros(layer.shape)  # what a grown weight has, in the target, too
+            packed = dict.fromkeys([layer.active_weights, target.active_weights], start)  # each [kept]
             for state in (optimizer.state.get(layer.active_weights, {}) for optimizer in optimizers):
-                packed |= {x for x in leaves(state).values() if torch.is_tensor(x) and x.dim()}  # Adam's two moments
-            for values in packed:  # zero where inactive before; what returns has its value and moments
-                values.copy_(values.new_zeros(layer.shape).put_(layer.positions, values).take(places))
+                moments = [x for x in leaves(state).values() if torch.is_tensor(x) and x.dim()]  # Adam's two
+                packed |= {x: x.new_zeros(layer.shape) for x in moments}
+            for values, old in packed.items():  # what returns has its value and moments
+                values.copy_(old.put(layer.positions, values).take(places))
             layer.positions.copy_(places)
             target.positions.copy_(places)
 
@@ -628,7 +632,7 @@ def train(args: Args) -> dict:
             if global_step > args.learning_starts:
                 with run.timed("updates"):
                     state.update += 1
-                    drops = drop_fractions(args, state.update)
+                    drops = drop_fractions(args, state.update, global_step)
                     masks = get_masks(agent) if drops else {}
                     state.losses |= update_agent(agent, rb, args, rng, state.update, drops)
                     check_finite("a loss", global_step, *(x.item() for x in state.losses.values() if not x.dim()))
@@ -768,7 +772,8 @@ def check_schedule(args: Args, agent: Agent) -> None:
     if args.resume and moving and args.total_timesteps != read_run(args.resume)[1].total_timesteps:
         raise UserError("--total-timesteps can't grow: this run's masks change by a schedule for its own length")
     for name in moving:
-        zetas = (drop_fractions(args, x).get(name, 0) for x in range(1, args.total_timesteps - args.learning_starts))
+        updates = range(1, args.total_timesteps - args.learning_starts)
+        zetas = (drop_fractions(args, x, x + args.learning_starts).get(name, 0) for x in updates)
         nets = [net for net in agent.networks if net.name.startswith("actor") == (name == "actor")]
         layers = [layer for net in nets for layer in sparse_layers(net.online).values()]
         sizes = [len(layer.positions) for layer in layers if len(layer.positions) < layer.shape.numel()]
@@ -894,7 +899,7 @@ def check_args(args: "Args") -> None:
         low, high = getattr(hint, "__metadata__", (None, None))
         if low is not None and not low <= getattr(args, name) <= high:
             raise UserError(f"{flag(name)} must be at least {low} and at most {high}, not {getattr(args, name)}")
-    if hasattr(args, "n") and not args.n <= args.m <= args.hidden_dim:
+    if hasattr(args, "m") and not args.n <= args.m <= args.hidden_dim:
         raise UserError(f"--n <= --m <= --hidden-dim is needed, not {args.n}, {args.m}, {args.hidden_dim}")
 
 
@@ -1169,6 +1174,9 @@ class Run:
     def __enter__(self) -> "Run":
         self.handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
         self.say(f"{self.dir}: {f'resumed at step {self.last_checkpoint}' if self.args.resume else 'started'}")
+        for net, modules in self.meta["modules"].items() if self.meta["pattern"] != "dense" else ():
+            shares = [(x["name"], x["active"] / math.prod(x["weight"])) for x in modules if "active" in x]
+            self.say(f"active weights of {net}: {', '.join(f'{name} {100 * share:.0f} %' for name, share in shares)}")
         return self
 
     def stop(self, number: int, _frame) -> None:
@@ -1418,16 +1426,21 @@ def forms(things: dict) -> dict:
 
 def pack(things: dict[str, dict]) -> dict:
     """A copy of attributes for `unpack`. In place of a network or an optimizer stands what it holds: its state_dict,
-    its tensors, their gradients, the modules' own numbers and strings. TypeError for views: they would be copies."""
-    saved, memo, memory = {}, {}, set()  # memo: id of x -> what deepcopy takes for x
+    its tensors, their gradients, the modules' own values. TypeError for views: they would be copies."""
+    memory = {x.untyped_storage().data_ptr() for part in parts(things).values() for x in held(part) if x.numel()}
+    saved, memo = {}, {}  # memo: id of x -> what deepcopy takes for x
+
+    def value(x) -> bool:  # of a module's attribute: a view comes back with what it shows
+        if isinstance(x, torch.Tensor):
+            return x.untyped_storage().data_ptr() not in memory
+        return isinstance(x, bool | int | float | str | np.generic) or (isinstance(x, np.ndarray) and x.base is None)
+
     for place, part in parts(things).items():
         modules = part.modules() if isinstance(part, nn.Module) else []
-        values = bool | int | float | str | np.generic
-        plain = [{name: x for name, x in vars(module).items() if isinstance(x, values)} for module in modules]
+        plain = [{name: x for name, x in vars(module).items() if value(x)} for module in modules]
         saved[place] = memo[id(part)] = {"state_dict": part.state_dict(), "held": held(part), "plain": plain}
         saved[place]["grads"] = [tensor.grad for tensor in held(part)]
         memo |= {id(tensor): tensor for tensor in held(part)}
-        memory |= {tensor.untyped_storage().data_ptr() for tensor in held(part) if tensor.numel()}
     for place, x in leaves(things).items():
         if isinstance(x, CODE) and (place.count(".") > 1 or not isinstance(getattr(x, "__self__", None), OWNERS)):
             raise TypeError(f"{place}, a function or a class: make it, or what it belongs to, an attribute of its own")
@@ -1506,7 +1519,7 @@ def machine_facts(args: "Args") -> dict:
     hardware = [f"{cpu[3]} (family {cpu[1]}, model {cpu[2]})" if cpu else os.uname().machine]
     hardware += [torch.cuda.get_device_name()] if args.device == "cuda" else []
     versions = {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy", "wandb")}
-    facts = {"n": getattr(args, "n", None), "m": getattr(args, "m", None), "threads": args.threads}
+    facts = {"n": args.n if hasattr(args, "m") else None, "m": getattr(args, "m", None), "threads": args.threads}
     facts |= {"hardware": ", ".join(hardware), "cores": os.cpu_count(), "code": code_hash(SOURCE)}
     facts |= {"versions": {"python": sys.version.split()[0], **versions}, "commit": git("rev-parse", "HEAD") or None}
     return facts | {"dirty": not facts["commit"] or bool(git("status", "--porcelain", "--ignored", "--", path.name))}

@@ -201,6 +201,9 @@ class SparseLinear(nn.Module):
         E = self.positions.new_zeros(self.shape.numel(), dtype=torch.bool)
         return E.index_fill_(0, self.positions, True).view(self.shape)
 
+    def reset_parameters(self) -> None:
+        raise NotImplementedError("a SparseLinear is not reset as nn.Linear is: see docs/forking.md")
+
     def sparse_weight(self) -> torch.Tensor:
         """W~ [out, in], zero at the inactive positions; its gradient reaches the active weights alone."""
         return self.active_weights.new_zeros(self.shape).put(self.positions, self.active_weights)
@@ -229,15 +232,15 @@ def sparsify(networks: dict[str, nn.Module], args: Args) -> dict[str, nn.Module]
     return networks
 
 
-def drop_fractions(args: Args, update: int) -> dict[str, float]:
+def drop_fractions(args: Args, update: int, global_step: int) -> dict[str, float]:
     """zeta, the share of its weights that the topology of "critics" and "actor" drops at the critics' update number
-    `update` (one a step), by a cosine from drop_fraction to 0; a network that does not change is not in it. The actor
-    can change only at multiples of policy_frequency."""
-    zeta, last = {}, args.total_timesteps - args.learning_starts
-    for name, every in (("critics", 1), ("actor", args.policy_frequency)):  # steps between updates of its own (R2)
-        own, end = update // every, last // every
-        if args.topology != "static" and update % (every * args.mask_update_interval) == 0 and own < end:
-            zeta[name] = args.drop_fraction / 2 * (1 + math.cos(math.pi * (own / end)))
+    `update`, made in step global_step, by a cosine over steps from drop_fraction to 0; a network that does not change
+    is not in it. The actor can change only at multiples of policy_frequency."""
+    zeta, now, last = {}, global_step - args.learning_starts, args.total_timesteps - args.learning_starts
+    for name, every in (("critics", 1), ("actor", args.policy_frequency)):  # updates between those of its own (R2)
+        due, end = update % (every * args.mask_update_interval) == 0, last // every * every
+        if due and now < end and args.topology != "static":
+            zeta[name] = args.drop_fraction / 2 * (1 + math.cos(math.pi * (now / end)))
     return zeta
 
 
@@ -308,11 +311,13 @@ def change_topology(agent: "Agent", networks: list["Network"], gradients: dict, 
             places = rule(layer, score, drop)
             if len(places) != len(layer.positions) or (places.diff() <= 0).any():
                 raise ValueError(f"{net.name}.{name}: a rule returns as many places as before, each once, ascending")
-            packed = {layer.active_weights, target.active_weights}  # each [kept]; one, if a fork has no target
+            start = layer.active_weights.new_zeros(layer.shape)  # what a grown weight has, in the target, too
+            packed = dict.fromkeys([layer.active_weights, target.active_weights], start)  # each [kept]
             for state in (optimizer.state.get(layer.active_weights, {}) for optimizer in optimizers):
-                packed |= {x for x in leaves(state).values() if torch.is_tensor(x) and x.dim()}  # Adam's two moments
-            for values in packed:  # zero where inactive before; what returns has its value and moments
-                values.copy_(values.new_zeros(layer.shape).put_(layer.positions, values).take(places))
+                moments = [x for x in leaves(state).values() if torch.is_tensor(x) and x.dim()]  # Adam's two
+                packed |= {x: x.new_zeros(layer.shape) for x in moments}
+            for values, old in packed.items():  # what returns has its value and moments
+                values.copy_(old.put(layer.positions, values).take(places))
             layer.positions.copy_(places)
             target.positions.copy_(places)
 
@@ -537,7 +542,7 @@ def train(args: Args) -> dict:
             if global_step > args.learning_starts:
                 with run.timed("updates"):
                     state.update += 1
-                    drops = drop_fractions(args, state.update)
+                    drops = drop_fractions(args, state.update, global_step)
                     masks = get_masks(agent) if drops else {}
                     state.losses |= update_agent(agent, rb, args, rng, state.update, drops)
                     check_finite("a loss", global_step, *(x.item() for x in state.losses.values() if not x.dim()))
@@ -607,7 +612,8 @@ def check_schedule(args: Args) -> None:
     if args.resume and args.topology != "static" and args.total_timesteps != read_run(args.resume)[1].total_timesteps:
         raise UserError("--total-timesteps can't grow: this run's masks change by a schedule for its own length")
     for name in ("critics", "actor") if args.topology != "static" else ():
-        if not any(drop_fractions(args, x).get(name) for x in range(1, args.total_timesteps - args.learning_starts)):
+        updates = range(1, args.total_timesteps - args.learning_starts)
+        if not any(drop_fractions(args, x, x + args.learning_starts).get(name) for x in updates):
             print(f"warning: the topology of {name} does not change in this run", file=sys.stderr)
     if args.nstep > 1 and args.delay_nstep > args.total_timesteps - args.learning_starts:
         print("warning: all targets have one step, --delay-nstep is beyond the run", file=sys.stderr)
@@ -762,7 +768,7 @@ def check_args(args: "Args") -> None:
         low, high = getattr(hint, "__metadata__", (None, None))
         if low is not None and not low <= getattr(args, name) <= high:
             raise UserError(f"{flag(name)} must be at least {low} and at most {high}, not {getattr(args, name)}")
-    if hasattr(args, "n") and not args.n <= args.m <= args.hidden_dim:
+    if hasattr(args, "m") and not args.n <= args.m <= args.hidden_dim:
         raise UserError(f"--n <= --m <= --hidden-dim is needed, not {args.n}, {args.m}, {args.hidden_dim}")
 
 
@@ -1037,6 +1043,9 @@ class Run:
     def __enter__(self) -> "Run":
         self.handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
         self.say(f"{self.dir}: {f'resumed at step {self.last_checkpoint}' if self.args.resume else 'started'}")
+        for net, modules in self.meta["modules"].items() if self.meta["pattern"] != "dense" else ():
+            shares = [(x["name"], x["active"] / math.prod(x["weight"])) for x in modules if "active" in x]
+            self.say(f"active weights of {net}: {', '.join(f'{name} {100 * share:.0f} %' for name, share in shares)}")
         return self
 
     def stop(self, number: int, _frame) -> None:
@@ -1286,16 +1295,21 @@ def forms(things: dict) -> dict:
 
 def pack(things: dict[str, dict]) -> dict:
     """A copy of attributes for `unpack`. In place of a network or an optimizer stands what it holds: its state_dict,
-    its tensors, their gradients, the modules' own numbers and strings. TypeError for views: they would be copies."""
-    saved, memo, memory = {}, {}, set()  # memo: id of x -> what deepcopy takes for x
+    its tensors, their gradients, the modules' own values. TypeError for views: they would be copies."""
+    memory = {x.untyped_storage().data_ptr() for part in parts(things).values() for x in held(part) if x.numel()}
+    saved, memo = {}, {}  # memo: id of x -> what deepcopy takes for x
+
+    def value(x) -> bool:  # of a module's attribute: a view comes back with what it shows
+        if isinstance(x, torch.Tensor):
+            return x.untyped_storage().data_ptr() not in memory
+        return isinstance(x, bool | int | float | str | np.generic) or (isinstance(x, np.ndarray) and x.base is None)
+
     for place, part in parts(things).items():
         modules = part.modules() if isinstance(part, nn.Module) else []
-        values = bool | int | float | str | np.generic
-        plain = [{name: x for name, x in vars(module).items() if isinstance(x, values)} for module in modules]
+        plain = [{name: x for name, x in vars(module).items() if value(x)} for module in modules]
         saved[place] = memo[id(part)] = {"state_dict": part.state_dict(), "held": held(part), "plain": plain}
         saved[place]["grads"] = [tensor.grad for tensor in held(part)]
         memo |= {id(tensor): tensor for tensor in held(part)}
-        memory |= {tensor.untyped_storage().data_ptr() for tensor in held(part) if tensor.numel()}
     for place, x in leaves(things).items():
         if isinstance(x, CODE) and (place.count(".") > 1 or not isinstance(getattr(x, "__self__", None), OWNERS)):
             raise TypeError(f"{place}, a function or a class: make it, or what it belongs to, an attribute of its own")
@@ -1374,7 +1388,7 @@ def machine_facts(args: "Args") -> dict:
     hardware = [f"{cpu[3]} (family {cpu[1]}, model {cpu[2]})" if cpu else os.uname().machine]
     hardware += [torch.cuda.get_device_name()] if args.device == "cuda" else []
     versions = {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy", "wandb")}
-    facts = {"n": getattr(args, "n", None), "m": getattr(args, "m", None), "threads": args.threads}
+    facts = {"n": args.n if hasattr(args, "m") else None, "m": getattr(args, "m", None), "threads": args.threads}
     facts |= {"hardware": ", ".join(hardware), "cores": os.cpu_count(), "code": code_hash(SOURCE)}
     facts |= {"versions": {"python": sys.version.split()[0], **versions}, "commit": git("rev-parse", "HEAD") or None}
     return facts | {"dirty": not facts["commit"] or bool(git("status", "--porcelain", "--ignored", "--", path.name))}

@@ -89,6 +89,11 @@ def read_model(run_dir):
     return model
 
 
+def drops_at(module, args, update):
+    """Of drop_fractions, with one update a step."""
+    return module.drop_fractions(args, update, args.learning_starts + update)
+
+
 def assert_same_model(a, b):
     a, b = read_model(a), read_model(b)
     for net in NETS:

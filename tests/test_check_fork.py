@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, load
+from conftest import ROOT, drops_at, load
 
 import check_fork
 
@@ -108,10 +108,17 @@ def test_evaluations_that_change_training_and_each_other(dense, small, monkeypat
 
 def test_short_runs_come_to_all_that_the_flags_ask_for(rlx2, mst, capsys):
     """Masks change, targets get their n steps, the replay buffer shrinks: neither script warns."""
-    args, more = (x.parse_args(check_fork.known(Path(x.__file__), check_fork.SHORT)) for x in (rlx2, mst))
-    rlx2.check_schedule(args)
+    few, more = (x.parse_args(check_fork.known(Path(x.__file__), check_fork.SHORT)) for x in (rlx2, mst))
+    rlx2.check_schedule(few)
     mst.check_schedule(more, mst.Agent(mst.sparsify(mst.make_networks(more, mst.make_env("Reach-v0")), more), lr=1e-3))
     assert capsys.readouterr().err == ""
+    more.actor_regime = "rigl"
+    for module, args in [(rlx2, few), (mst, more)]:  # what a layer gathers between two changes is lost by a bad resume
+        last = args.total_timesteps - args.learning_starts
+        for stop in (1000, 1200, 2000):  # ends of episodes of 200 and of 1,000 steps
+            update = stop - args.learning_starts
+            assert update % 2 and 20 < update % args.mask_update_interval < args.mask_update_interval
+            assert len({name for u in range(update + 1, last + 1) for name in drops_at(module, args, u)}) == 2
 
 
 def test_runs_of_two_seeds_differ_and_where(dense, small):

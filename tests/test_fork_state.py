@@ -139,6 +139,27 @@ def test_values_come_back_as_they_were(dense):
     assert type(now["ordered"]) is OrderedDict and now["ordered"]["alpha"] is alpha
 
 
+def test_what_modules_hold_comes_back(dense):
+    """Tensors and arrays, also ones made late; a name for a part of the network stays one."""
+
+    def make():
+        net = nn.Linear(2, 1)
+        net.sums, net.table, net.shown = torch.zeros(3), np.zeros(2), net.weight.data[:, 1]
+        net.flat = net.weight.detach().numpy()
+        return {"net": net, "sums": net.sums}
+
+    then, now = make(), make()
+    net = then["net"]
+    net.sums += 2
+    net.table[1], net.last, net.shape = 3, 2 * net.bias, np.float32(4)
+    bring_back(dense, then, now)
+    fresh = now["net"]
+    assert torch.equal(fresh.weight, net.weight) and torch.equal(fresh.last, 2 * fresh.bias) and fresh.shape == 4
+    assert fresh.sums.tolist() == [2, 2, 2] and now["sums"] is fresh.sums and fresh.table.tolist() == [0, 3]
+    fresh.weight.data += 1
+    assert torch.equal(fresh.shown, fresh.weight[:, 1]) and np.array_equal(fresh.flat, fresh.weight.detach())
+
+
 @pytest.mark.parametrize("view", [lambda w: w.data, lambda w: w[0], lambda w: w.detach().T])
 def test_views_of_what_networks_hold_are_refused(dense, view):
     """After a resume they would be copies, which nothing trains."""

@@ -4,7 +4,7 @@ import csv
 
 import pytest
 import torch
-from conftest import NETS, assert_same_model, assert_same_run, read_meta, read_model, read_rows, stop_at
+from conftest import NETS, assert_same_model, assert_same_run, drops_at, read_meta, read_model, read_rows, stop_at
 
 import nm_kernel_bench as bench
 
@@ -41,7 +41,7 @@ def test_updates_are_those_of_the_cpu(script, small):
         rb.added = 400
         rng = script.make_generators(3, device)
         for update in range(1, 21):
-            drops = [script.drop_fractions(args, update)] if hasattr(script, "drop_fractions") else []
+            drops = [drops_at(script, args, update)] if hasattr(script, "drop_fractions") else []
             losses = script.update_agent(agent, rb, args, rng, update, *drops)
             assert all(value.device.type == device for value in losses.values())
             if update == 10 and sparse(script):

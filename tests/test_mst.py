@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from conftest import assert_same_run, checkpoint_step, read_meta, read_rows, stop_at
+from conftest import assert_same_run, checkpoint_step, drops_at, read_meta, read_rows, stop_at
 
 
 def spaces(obs_dim, action_dim):
@@ -239,18 +239,18 @@ def test_masks_of_each_regime(mst, small, monkeypatch, name):
 
 def test_drop_fractions(mst):
     args = mst.Args(total_timesteps=1100, learning_starts=100, mask_update_interval=50, critic_regime="set")
-    own = {u: mst.drop_fractions(args, u) for u in range(1, 1001)}
+    own = {u: drops_at(mst, args, u) for u in range(1, 1001)}
     assert all("actor" not in drops for drops in own.values())  # static
     assert [u for u, drops in own.items() if drops] == list(range(50, 800, 50))
     assert own[400]["critic"] == pytest.approx(0.15) and own[50]["critic"] == pytest.approx(
         0.15 * (1 + math.cos(math.pi / 16))
     )
     args = mst.Args(total_timesteps=1100, learning_starts=100, mask_update_interval=50, actor_regime="rigl")
-    own = {u: mst.drop_fractions(args, u) for u in range(1, 1001)}
+    own = {u: drops_at(mst, args, u) for u in range(1, 1001)}
     assert [u for u, drops in own.items() if "actor" in drops] == list(range(100, 800, 100))
     assert own[400]["actor"] == pytest.approx(0.15)
     args.policy_frequency = 3
-    own = {u: mst.drop_fractions(args, u) for u in range(1, 1001)}
+    own = {u: drops_at(mst, args, u) for u in range(1, 1001)}
     assert [u for u, drops in own.items() if "actor" in drops] == list(range(150, 799, 150))  # own 50th of 333
     assert own[300]["actor"] == pytest.approx(0.15 * (1 + math.cos(math.pi * 100 / (0.8 * 333))))
 

@@ -53,7 +53,7 @@ def test_masks_that_will_not_change_get_a_word(mst, capsys, change):
 def test_a_schedule_that_begins_late_gets_no_word(mst, monkeypatch, capsys):
     agent, args = agent_of(mst, **SHORT)
     for last, words in ((999, 0), (1000, 1)):  # updates whose masks can change are 1 to 999
-        monkeypatch.setattr(mst, "drop_fractions", lambda _, x, last=last: {"critic": 0.1} if x == last else {})
+        monkeypatch.setattr(mst, "drop_fractions", lambda _, x, __, last=last: {"critic": 0.1} if x == last else {})
         mst.check_schedule(args, agent)
         assert capsys.readouterr().err.count("the critic's masks do not change") == words
 

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, load, read_meta, read_rows, stop_at
+import torch.nn as nn
+from conftest import ROOT, drops_at, load, read_meta, read_rows, stop_at
 from test_mst import agent_of, batch, spaces
 
 EDITS = {
@@ -71,7 +72,7 @@ def test_forks_are_computed_as_they_say(mst, fork, name, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(script, "chain_forward", lambda *a, f=forward, k=key, **o: calls.append(k) or f(*a, **o))
             for update in range(1, 13):
-                drops, before = script.drop_fractions(args, update), script.get_masks(agent)
+                drops, before = drops_at(script, args, update), script.get_masks(agent)
                 data = batch(seed=update)
                 script.update_critics(agent, data, args, generator, drops.get("critic"))
                 if update % 2 == 0:
@@ -137,6 +138,38 @@ def test_an_encoder_stays_dense_and_takes_nothing_from_the_critics(mst):
         densities.append([layer.E.double().mean() for layer in mst.sparse_layers(sparse["qf1"]).values()])
     assert densities[0] == densities[1] and len(densities[0]) == 4
     assert not mst.sparse_layers(encoder)
+
+
+def test_a_critic_of_another_name_is_seen_to_be_dense(mst, monkeypatch, small, capsys):
+    make_networks = mst.make_networks
+    monkeypatch.setattr(mst, "make_networks", lambda *a: make_networks(*a) | {"critic3": make_networks(*a)["qf2"]})
+    mst.train(small(mst, total_timesteps=1))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("active weights of ")]
+    shares = "embedding 100 %, block1.net.fc1 40 %, block1.net.fc2 40 %, head 100 %"
+    wanted = {net: shares for net in ("actor", "qf1", "qf2")} | {"critic3": shares.replace("40", "100")}
+    assert lines == [f"active weights of {net}: {text}" for net, text in wanted.items()]
+
+
+def test_a_sparse_layer_is_not_reset_by_a_loop_over_all(mst, rlx2, rnm):
+    linear = nn.Linear(4, 4)
+    layers = (
+        mst.SparseLinear(linear, torch.eye(4) > 0, None),
+        rlx2.SparseLinear(linear, 8),
+        rnm.SparseLinear(linear, 2, 4),
+    )
+    for layer in layers:
+        with pytest.raises(NotImplementedError, match=r"docs/forking\.md"):
+            layer.reset_parameters()
+
+
+def test_a_field_n_without_m_is_no_pattern(tmp_path, small):
+    """Such as a fork's n of n-step returns."""
+    path = tmp_path / "dense_td3_continuous.py"
+    text = (ROOT / "dense_td3_continuous.py").read_text()
+    path.write_text(text.replace("    hidden_dim: ", '    n: Positive = 3\n    """steps"""\n    hidden_dim: ', 1))
+    module = load(path)
+    meta = read_meta(module.train(small(module, env_id="Reach-v0", total_timesteps=1))["run_dir"])
+    assert (meta["args"]["n"], meta["n"], meta["m"], meta["pattern"]) == (3, None, None, "dense")
 
 
 def test_one_relu_for_all_blocks_counts_in_each(mst):

@@ -15,6 +15,7 @@ from conftest import (
     assert_same_model,
     assert_same_run,
     checkpoint_step,
+    drops_at,
     read_meta,
     read_rows,
     steps_with,
@@ -82,20 +83,22 @@ def test_densities_and_kept_counts_are_those_of_the_paper(rlx2, env_id):
 def test_schedule_of_the_changes(rlx2):
     for total, critics, actor in ((3_000_000, 297, 148), (1_000_000, 97, 48)):
         args = rlx2.Args(total_timesteps=total)
-        drops = {u: rlx2.drop_fractions(args, u) for u in range(10_000, total - 25_000 + 1, 10_000)}
+        drops = {u: drops_at(rlx2, args, u) for u in range(10_000, total - 25_000 + 1, 10_000)}
         assert [sum(name in d for d in drops.values()) for name in ("critics", "actor")] == [critics, actor]
         assert {u for u, d in drops.items() if "actor" in d} == set(range(20_000, actor * 20_000 + 1, 20_000))
-    assert not rlx2.drop_fractions(args, 9_999) and not rlx2.drop_fractions(args, 975_000)
+    assert not drops_at(rlx2, args, 9_999) and not drops_at(rlx2, args, 975_000)
     args = rlx2.Args(total_timesteps=3_000_000)
-    assert rlx2.drop_fractions(args, 10_000)["critics"] == pytest.approx(0.49999, abs=5e-6)
+    assert drops_at(rlx2, args, 10_000)["critics"] == pytest.approx(0.49999, abs=5e-6)
     last = args.total_timesteps - args.learning_starts
     middle = rlx2.Args(total_timesteps=25_000 + 2 * 1_000_000)
-    assert rlx2.drop_fractions(middle, 1_000_000) == pytest.approx({"critics": 0.25, "actor": 0.25})
-    assert 0 < rlx2.drop_fractions(args, last // 10_000 * 10_000)["critics"] < 1e-4
-    assert not rlx2.drop_fractions(rlx2.Args(topology="static"), 10_000)
+    assert drops_at(rlx2, middle, 1_000_000) == pytest.approx({"critics": 0.25, "actor": 0.25})
+    assert 0 < drops_at(rlx2, args, last // 10_000 * 10_000)["critics"] < 1e-4
+    assert not drops_at(rlx2, rlx2.Args(topology="static"), 10_000)
     odd = rlx2.Args(total_timesteps=400, learning_starts=0, mask_update_interval=7, policy_frequency=3)
-    steps = [u for u in range(1, 401) if "actor" in rlx2.drop_fractions(odd, u)]
+    steps = [u for u in range(1, 401) if "actor" in drops_at(rlx2, odd, u)]
     assert steps == list(range(21, 399, 21))  # 399 is the last of 133 updates of its own
+    twice = [rlx2.drop_fractions(args, 2 * u, 25_000 + u) for u in range(5_000, 2_975_000, 5_000)]  # in each step
+    assert all(drops["critics"] > 0 for drops in twice) and twice[0]["critics"] > 0.49999 > 1e-4 > twice[-1]["critics"]
 
 
 def make(rlx2, kernel="torch", rows=600, **changes):
@@ -119,7 +122,7 @@ def make(rlx2, kernel="torch", rows=600, **changes):
 
 def step(script, agent, rb, args, rng, update):
     """An update as `train` makes it."""
-    return script.update_agent(agent, rb, args, rng, update, script.drop_fractions(args, update))
+    return script.update_agent(agent, rb, args, rng, update, drops_at(script, args, update))
 
 
 class Masked:
@@ -176,7 +179,7 @@ class Masked:
         self.project()
 
     def update(self, data, generator, update):
-        a, args, drops = self.agent, self.args, self.rlx2.drop_fractions(self.args, update)
+        a, args, drops = self.agent, self.args, drops_at(self.rlx2, self.args, update)
         with torch.no_grad():
             scale, bias = a.actor.action_scale, a.actor.action_bias
             noise = torch.empty_like(data.actions).normal_(0.0, args.policy_noise, generator=generator)

@@ -20,6 +20,13 @@ OWN_EDITS = {
     "dense gradients at each update": [("critics if drop is not None else []", "critics")],
     "log score": [("score = gradient.abs() if", "score = gradient.abs().log() if")],
     "signed score": [("score = gradient.abs() if", "score = -1e9 * gradient if")],
+    "summed gradients": [
+        (
+            "            score = gradient.abs() if",
+            "            layer.sum = getattr(layer, 'sum', 0) + gradient.abs()\n            score = layer.sum if",
+        )
+    ],
+    "random start": [("start = layer.active_weights.new_zeros(", "start = 0.01 * torch.randn(")],
 }
 
 
@@ -74,7 +81,7 @@ def test_forks_are_computed_as_they_say(rlx2, fork, name, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("name", ["third critic", "layer norm"])
+@pytest.mark.parametrize("name", ["third critic", "summed gradients"])
 def test_forks_resume(fork, small, cli, monkeypatch, name):
     module = fork(name)
     monkeypatch.setattr("conftest.rlx2_td3_continuous", module)  # it wants the same flags
@@ -104,6 +111,11 @@ def test_forks_of_the_rule(fork, name, kernel):
                 both = masks[f"{net.name}.{layer}"] & (before[net.name][f"{layer}.weight"] != 0)
                 moved = (after[f"{layer}.weight"] != before[net.name][f"{layer}.weight"])[both]
                 assert moved.float().mean() > 0.5 if learns else True, (update, layer)
+                if update % 4 == 0 and not name.startswith("step"):  # a change in the place of the step
+                    grown = masks[f"{net.name}.{layer}"] & (before[net.name][f"{layer}.weight"] == 0)
+                    start = after[f"{layer}.weight"][grown]
+                    assert len(start) and bool(start.all()) == bool(start.any()) == (name == "random start")
+                    assert torch.equal(module.plain_state(net.target)[f"{layer}.weight"][grown], start)
         for net in agent.networks:
             for layer in (*module.sparse_layers(net.online).values(), *module.sparse_layers(net.target).values()):
                 assert len(set(layer.positions.tolist())) == len(layer.positions)
@@ -170,7 +182,7 @@ def test_a_change_moves_each_number_once(rlx2):
 def test_a_schedule_that_begins_late_gets_no_warning(rlx2, monkeypatch, capsys):
     args = make(rlx2)[0]
     for last in (999, 1000):  # updates are 1 to 999
-        monkeypatch.setattr(rlx2, "drop_fractions", lambda _, x, last=last: {"actor": 0.1} if x == last else {})
+        monkeypatch.setattr(rlx2, "drop_fractions", lambda _, x, __, last=last: {"actor": 0.1} if x == last else {})
         rlx2.check_schedule(args)
         warned = [line.split(" of ")[1].split()[0] for line in capsys.readouterr().err.splitlines() if " of " in line]
         assert warned == (["critics"] if last == 999 else ["critics", "actor"])
