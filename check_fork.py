@@ -33,7 +33,7 @@ import torch
 
 SHORT = {"total_timesteps": 2500, "learning_starts": 399, "eval_interval": 1000, "checkpoint_interval": 1000}
 SHORT |= {"eval_episodes": 2, "delay_nstep": 800, "diagnostics_interval": 1000, "buffer_check_interval": 100}
-SHORT |= {"mask_update_interval": 70, "mask_end": 1}  # so that stops fall between two changes, at an odd update
+SHORT |= {"mask_update_interval": 70, "mask_end": 1}  # episodes of 200 or 1,000 steps end between two changes
 SHORT |= {"buffer_min_size": 500, "hidden_dim": 64, "actor_hidden_dim": 32, "critic_hidden_dim": 64}
 OTHERWISE = {"eval_interval": 300, "checkpoint_interval": 200, "diagnostics_interval": 300}  # must not matter
 CLOCKS = "charts/SPS", "charts/update_ms", "charts/wall_time_s", "charts/cpu_time_s"

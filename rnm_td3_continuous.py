@@ -585,7 +585,7 @@ def check_args(args: "Args") -> None:
         low, high = getattr(hint, "__metadata__", (None, None))
         if low is not None and not low <= getattr(args, name) <= high:
             raise UserError(f"{flag(name)} must be at least {low} and at most {high}, not {getattr(args, name)}")
-    if hasattr(args, "m") and not args.n <= args.m <= args.hidden_dim:
+    if {"n", "m"} <= vars(args).keys() and not args.n <= args.m <= args.hidden_dim:
         raise UserError(f"--n <= --m <= --hidden-dim is needed, not {args.n}, {args.m}, {args.hidden_dim}")
 
 
@@ -862,7 +862,7 @@ class Run:
         self.say(f"{self.dir}: {f'resumed at step {self.last_checkpoint}' if self.args.resume else 'started'}")
         for net, modules in self.meta["modules"].items() if self.meta["pattern"] != "dense" else ():
             shares = [(x["name"], x["active"] / math.prod(x["weight"])) for x in modules if "active" in x]
-            self.say(f"active weights of {net}: {', '.join(f'{name} {100 * share:.0f} %' for name, share in shares)}")
+            self.say(f"active weights of {net}: {', '.join(f'{name} {100 * share:.3g} %' for name, share in shares)}")
         return self
 
     def stop(self, number: int, _frame) -> None:
@@ -1064,12 +1064,16 @@ def save_checkpoint(run: Run, state: "State", agent: "Agent", rb: ReplayBuffer, 
         content = {"rb": rb.state_dict(), "globals": get_globals()}
         content |= {"rng": {name: generator.get_state() for name, generator in rng.items()}}
         content |= {"env": [part.np_random.bit_generator.state for part in (env.unwrapped, env.action_space)]}
+        things = {"agent": vars(agent), "state": vars(state)}
+        modules = [module for net in parts(things).values() if isinstance(net, nn.Module) for module in net.modules()]
+        if lost := {k for x in modules for k, v in vars(x).items() if isinstance(v, torch.Tensor | np.ndarray)}:
+            run.say(f"warning: a resume forgets {sorted(lost)}, tensors or arrays that modules hold: make them buffers")
         try:
-            form = forms({"agent": vars(agent), "state": vars(state)})
+            form = forms(things)
             state.form = state.form or form
             if changed := sorted(key for key in form | state.form if form.get(key) != state.form.get(key)):
                 raise UserError(f"{changed}: Agent and State must have the same networks and optimizers to the end")
-            content |= pack({"agent": vars(agent), "state": vars(state)})
+            content |= pack(things)
             write_atomic(run.dir / "checkpoint.pt", write)
         except (pickle.PickleError, AttributeError, TypeError, RuntimeError, ValueError) as error:
             kind = re.search(r"(?:GLOBAL |<class ')([\w.]+)", str(error)) or ["", first_line(error)]
@@ -1112,21 +1116,16 @@ def forms(things: dict) -> dict:
 
 def pack(things: dict[str, dict]) -> dict:
     """A copy of attributes for `unpack`. In place of a network or an optimizer stands what it holds: its state_dict,
-    its tensors, their gradients, the modules' own values. TypeError for views: they would be copies."""
-    memory = {x.untyped_storage().data_ptr() for part in parts(things).values() for x in held(part) if x.numel()}
-    saved, memo = {}, {}  # memo: id of x -> what deepcopy takes for x
-
-    def value(x) -> bool:  # of a module's attribute: a view comes back with what it shows
-        if isinstance(x, torch.Tensor):
-            return x.untyped_storage().data_ptr() not in memory
-        return isinstance(x, bool | int | float | str | np.generic) or (isinstance(x, np.ndarray) and x.base is None)
-
+    its tensors, their gradients, the modules' own numbers and strings. TypeError for views: they would be copies."""
+    saved, memo, memory = {}, {}, set()  # memo: id of x -> what deepcopy takes for x
     for place, part in parts(things).items():
         modules = part.modules() if isinstance(part, nn.Module) else []
-        plain = [{name: x for name, x in vars(module).items() if value(x)} for module in modules]
+        values = bool | int | float | str | np.generic
+        plain = [{name: x for name, x in vars(module).items() if isinstance(x, values)} for module in modules]
         saved[place] = memo[id(part)] = {"state_dict": part.state_dict(), "held": held(part), "plain": plain}
         saved[place]["grads"] = [tensor.grad for tensor in held(part)]
         memo |= {id(tensor): tensor for tensor in held(part)}
+        memory |= {tensor.untyped_storage().data_ptr() for tensor in held(part) if tensor.numel()}
     for place, x in leaves(things).items():
         if isinstance(x, CODE) and (place.count(".") > 1 or not isinstance(getattr(x, "__self__", None), OWNERS)):
             raise TypeError(f"{place}, a function or a class: make it, or what it belongs to, an attribute of its own")
@@ -1205,7 +1204,8 @@ def machine_facts(args: "Args") -> dict:
     hardware = [f"{cpu[3]} (family {cpu[1]}, model {cpu[2]})" if cpu else os.uname().machine]
     hardware += [torch.cuda.get_device_name()] if args.device == "cuda" else []
     versions = {name: version(name) for name in ("torch", "gymnasium", "mujoco", "numpy", "wandb")}
-    facts = {"n": args.n if hasattr(args, "m") else None, "m": getattr(args, "m", None), "threads": args.threads}
+    n, m = (args.n, args.m) if {"n", "m"} <= vars(args).keys() else (None, None)
+    facts = {"n": n, "m": m, "threads": args.threads}
     facts |= {"hardware": ", ".join(hardware), "cores": os.cpu_count(), "code": code_hash(SOURCE)}
     facts |= {"versions": {"python": sys.version.split()[0], **versions}, "commit": git("rev-parse", "HEAD") or None}
     return facts | {"dirty": not facts["commit"] or bool(git("status", "--porcelain", "--ignored", "--", path.name))}

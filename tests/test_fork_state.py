@@ -139,25 +139,21 @@ def test_values_come_back_as_they_were(dense):
     assert type(now["ordered"]) is OrderedDict and now["ordered"]["alpha"] is alpha
 
 
-def test_what_modules_hold_comes_back(dense):
-    """Tensors and arrays, also ones made late; a name for a part of the network stays one."""
+def test_what_modules_hold_and_a_resume_forgets_is_said(dense, small, monkeypatch, capsys):
+    """At each checkpoint that would need it; check_fork.py shows the line, too."""
+    update_agent = dense.update_agent
 
-    def make():
-        net = nn.Linear(2, 1)
-        net.sums, net.table, net.shown = torch.zeros(3), np.zeros(2), net.weight.data[:, 1]
-        net.flat = net.weight.detach().numpy()
-        return {"net": net, "sums": net.sums}
+    def update(agent, *args):
+        agent.qf1.net.fc2.sums = getattr(agent.qf1.net.fc2, "sums", 0) + agent.qf1.net.fc2.weight.detach()
+        agent.actor.seen, agent.actor.count = np.zeros(3), 1.0
+        return update_agent(agent, *args)
 
-    then, now = make(), make()
-    net = then["net"]
-    net.sums += 2
-    net.table[1], net.last, net.shape = 3, 2 * net.bias, np.float32(4)
-    bring_back(dense, then, now)
-    fresh = now["net"]
-    assert torch.equal(fresh.weight, net.weight) and torch.equal(fresh.last, 2 * fresh.bias) and fresh.shape == 4
-    assert fresh.sums.tolist() == [2, 2, 2] and now["sums"] is fresh.sums and fresh.table.tolist() == [0, 3]
-    fresh.weight.data += 1
-    assert torch.equal(fresh.shown, fresh.weight[:, 1]) and np.array_equal(fresh.flat, fresh.weight.detach())
+    monkeypatch.setattr(dense, "update_agent", update)
+    dense.train(small(dense, checkpoint_interval=150))
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning: a resume forgets ")]
+    assert lines and set(lines) == {
+        "warning: a resume forgets ['seen', 'sums'], tensors or arrays that modules hold: make them buffers"
+    }
 
 
 @pytest.mark.parametrize("view", [lambda w: w.data, lambda w: w[0], lambda w: w.detach().T])

@@ -245,6 +245,8 @@ def test_drop_fractions(mst):
     assert own[400]["critic"] == pytest.approx(0.15) and own[50]["critic"] == pytest.approx(
         0.15 * (1 + math.cos(math.pi / 16))
     )
+    twice = [mst.drop_fractions(args, 2 * u, 100 + u) for u in range(25, 1000, 25)]  # two updates in each step
+    assert [bool(drops) for drops in twice] == [u < 800 for u in range(25, 1000, 25)]
     args = mst.Args(total_timesteps=1100, learning_starts=100, mask_update_interval=50, actor_regime="rigl")
     own = {u: drops_at(mst, args, u) for u in range(1, 1001)}
     assert [u for u, drops in own.items() if "actor" in drops] == list(range(100, 800, 100))

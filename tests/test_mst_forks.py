@@ -145,8 +145,8 @@ def test_a_critic_of_another_name_is_seen_to_be_dense(mst, monkeypatch, small, c
     monkeypatch.setattr(mst, "make_networks", lambda *a: make_networks(*a) | {"critic3": make_networks(*a)["qf2"]})
     mst.train(small(mst, total_timesteps=1))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("active weights of ")]
-    shares = "embedding 100 %, block1.net.fc1 40 %, block1.net.fc2 40 %, head 100 %"
-    wanted = {net: shares for net in ("actor", "qf1", "qf2")} | {"critic3": shares.replace("40", "100")}
+    shares = "embedding 100 %, block1.net.fc1 40.2 %, block1.net.fc2 40.2 %, head 100 %"
+    wanted = {net: shares for net in ("actor", "qf1", "qf2")} | {"critic3": shares.replace("40.2", "100")}
     assert lines == [f"active weights of {net}: {text}" for net, text in wanted.items()]
 
 
@@ -162,14 +162,15 @@ def test_a_sparse_layer_is_not_reset_by_a_loop_over_all(mst, rlx2, rnm):
             layer.reset_parameters()
 
 
-def test_a_field_n_without_m_is_no_pattern(tmp_path, small):
+@pytest.mark.parametrize("name", ["n", "m"])
+def test_a_field_n_or_m_alone_is_no_pattern(tmp_path, small, name):
     """Such as a fork's n of n-step returns."""
     path = tmp_path / "dense_td3_continuous.py"
     text = (ROOT / "dense_td3_continuous.py").read_text()
-    path.write_text(text.replace("    hidden_dim: ", '    n: Positive = 3\n    """steps"""\n    hidden_dim: ', 1))
+    path.write_text(text.replace("    hidden_dim: ", f'    {name}: Positive = 3\n    """steps"""\n    hidden_dim: ', 1))
     module = load(path)
     meta = read_meta(module.train(small(module, env_id="Reach-v0", total_timesteps=1))["run_dir"])
-    assert (meta["args"]["n"], meta["n"], meta["m"], meta["pattern"]) == (3, None, None, "dense")
+    assert (meta["args"][name], meta["n"], meta["m"], meta["pattern"]) == (3, None, None, "dense")
 
 
 def test_one_relu_for_all_blocks_counts_in_each(mst):

@@ -23,8 +23,12 @@ OWN_EDITS = {
     "summed gradients": [
         (
             "            score = gradient.abs() if",
-            "            layer.sum = getattr(layer, 'sum', 0) + gradient.abs()\n            score = layer.sum if",
-        )
+            "            layer.sum.add_(gradient.abs())\n            score = layer.sum if",
+        ),
+        (
+            "        self.shape = weight.shape",
+            "        self.register_buffer('sum', 0 * weight)\n        self.shape = weight.shape",
+        ),
     ],
     "random start": [("start = layer.active_weights.new_zeros(", "start = 0.01 * torch.randn(")],
 }
