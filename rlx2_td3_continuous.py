@@ -312,7 +312,7 @@ def change_topology(agent: "Agent", networks: list["Network"], gradients: dict, 
             if len(places) != len(layer.positions) or (places.diff() <= 0).any():
                 raise ValueError(f"{net.name}.{name}: a rule returns as many places as before, each once, ascending")
             start = layer.active_weights.new_zeros(layer.shape)  # what a grown weight has, in the target, too
-            packed = dict.fromkeys([layer.active_weights, target.active_weights], start)  # each [kept]
+            packed = dict.fromkeys([layer.active_weights, target.active_weights], start)  # one, if a fork has no target
             for state in (optimizer.state.get(layer.active_weights, {}) for optimizer in optimizers):
                 moments = [x for x in leaves(state).values() if torch.is_tensor(x) and x.dim()]  # Adam's two
                 packed |= {x: x.new_zeros(layer.shape) for x in moments}
