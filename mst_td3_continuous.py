@@ -25,8 +25,8 @@ policy with --evaluate runs/<run_name>. Controls: --critic-regime static (static
       return with its value and moments, all else grows from zero with zero moments, as in RigL's code; the step count
       goes on, so that a grown weight first moves by several learning rates. At 1e-4 it stays much smaller than what
       the next change drops; at 3e-4 less so (results/mst/README.md).
-  M5  N:M: one swap in a group at most, in the groups with the smallest weights. RigL that holds to N:M both in what it
-      keeps and in what it grows, as JaxPruner's, never changes a mask. So zeta is at most 1/N.
+  M5  N:M: one swap in a group at most, in the groups with the smallest weights, so that zeta is at most 1/N. RigL that
+      both keeps and grows N of M at a time, as JaxPruner's, never changes a mask.
   M6  Targets always have the online masks, so that they are N:M, too.
   M7  SimBa with TD3 is unpublished: sizes, initialisation and AdamW are those of SimBa's DDPG (but for He's normal
       distribution, which Flax cuts off at two deviations); twin critics, target actor, smoothing and delay, one update
@@ -139,11 +139,11 @@ class Args:
     actor_regime: Regime = "static"
     """the actor's masks: none, fixed, growing at the largest gradients or anywhere"""
     critic_regime: Regime = "rigl"
-    """the critics' masks"""
+    """the critics' masks: none, fixed, growing at the largest gradients or anywhere"""
     actor_sparsity: Sparsity = None
     """share of the weights in the actor's blocks that are zero, in [0, 1); 0.6 if neither it nor --actor-nm is given"""
     critic_sparsity: Sparsity = None
-    """the same of the critics; both critics share one budget"""
+    """the same of the critics' blocks, or --critic-nm; both critics share one budget"""
     actor_nm: str | None = None
     """N:M instead of a sparsity in the actor's blocks, such as 2:4; 1 <= N <= M <= 9,999"""
     critic_nm: str | None = None
@@ -151,9 +151,9 @@ class Args:
     mask_update_interval: Annotated[int, 2, 2**31] = 1000
     """updates of a module between changes of its masks, >= 2"""
     drop_fraction: Share = 0.3
-    """share of a layer's weights that the first change drops (zeta), in [0, 1]; falls to 0 along a cosine"""
+    """share of a layer's weights that the first change drops (zeta), in [0, 1], later ones less; at N:M 1/N at most"""
     mask_end: Share = 0.8
-    """share of training after which masks stay, in [0, 1]"""
+    """share of the steps from --learning-starts on after which masks stay, in [0, 1]"""
     diagnostics_interval: Natural = 50_000
     """environment steps between looks at the networks' plasticity (also at the end), >= 0; 0 is never"""
     kernel: Literal["auto", "nm", "torch"] = "auto"
@@ -281,16 +281,17 @@ def drop_fractions(args: Args, update: int, global_step: int) -> dict[str, float
 
 def swap_in_groups(layer: SparseLinear, score: torch.Tensor, drop: float) -> torch.Tensor:
     """[kept] of an N:M layer: as many groups as the share `drop` of the weights makes, those with the smallest weights,
-    change that weight for the place with the best score among the inactive ones and its own (M5)."""
+    change that weight for the place with the best score among the inactive ones and, first if equal, its own (M5)."""
     (rows, cols), m = layer.shape, layer.nm[1]
     parts = layer.E, torch.ones_like(layer.E), layer.sparse_weight().abs(), score
     active, there, weight, score = (F.pad(x, (0, -cols % m)).view(-1, m) for x in parts)  # [groups, m]
-    smallest, place = weight.masked_fill(~active, math.inf).min(dim=1)  # [groups]
-    stay = active.scatter(1, place[:, None], False)
+    smallest, own = weight.masked_fill(~active, math.inf).min(dim=1, keepdim=True)  # [groups, 1]
+    stay = active.scatter(1, own, False)
     score = score.masked_fill(stay | ~there, -math.inf)  # of a ragged group the rest is never chosen
-    swapped = stay.scatter(1, score.argmax(dim=1, keepdim=True), True)
+    best, place = score.max(dim=1, keepdim=True)
+    swapped = stay.scatter(1, torch.where(best > score.gather(1, own), place, own), True)
     smallest[(active | ~there).all(dim=1)] = math.inf  # full: nothing to change
-    chosen = smallest.argsort(stable=True)[: int(len(layer.positions) * drop)]
+    chosen = smallest[:, 0].argsort(stable=True)[: int(len(layer.positions) * drop)]
     active[chosen] = swapped[chosen]
     return active.view(rows, -1)[:, :cols].flatten().nonzero()[:, 0]
 
@@ -778,7 +779,8 @@ def check_schedule(args: Args, agent: Agent) -> None:
         layers = [layer for net in nets for layer in sparse_layers(net.online).values()]
         sizes = [len(layer.positions) for layer in layers if len(layer.positions) < layer.shape.numel()]
         if not any(int(zeta * max(sizes, default=0)) for zeta in zetas):
-            cause = "see --mask-update-interval, --mask-end, --drop-fraction" if sizes else "nothing is inactive"
+            flags = "--total-timesteps, --learning-starts, --mask-update-interval, --mask-end, --drop-fraction"
+            cause = f"see {flags}" if sizes else "nothing is inactive"
             print(f"warning: the {name}'s masks do not change in this run: {cause}", file=sys.stderr)
         elif (nm := regimes(args)[name][2]) and args.drop_fraction > 1 / nm[0]:
             print(f"warning: one swap a group drops 1/{nm[0]} of the {name}'s weights at most", file=sys.stderr)

@@ -2,7 +2,6 @@
 
 import copy
 import math
-from collections import OrderedDict
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -137,13 +136,14 @@ def test_statistics_are_numpys(mst):
 def test_one_set_of_statistics_takes_in_what_training_acts_on(mst, small, monkeypatch):
     seen, update = [], mst.RunningNorm.update
     monkeypatch.setattr(mst.RunningNorm, "update", lambda norm, obs: (seen.append(np.array(obs)), update(norm, obs)))
-    agents, save = [], mst.save_model
-    monkeypatch.setattr(mst, "save_model", lambda path, agent, rb: (agents.append(agent), save(path, agent, rb)))
-    args = small(mst, total_timesteps=300, eval_interval=100)
-    mst.train(args)
-    agent = agents[-1]
+    ends, save = [], mst.save_model
+    monkeypatch.setattr(mst, "save_model", lambda path, agent, rb: (ends.append((agent, rb)), save(path, agent, rb)))
+    mst.train(small(mst, total_timesteps=300, eval_interval=100))
+    agent, rb = ends[-1]
     norms = {id(net.obs_norm) for part in agent.networks for net in (part.online, part.target)}
     assert len(seen) == 300 and len(norms) == 1  # evaluations add nothing
+    taken = rb.sample(10**4, torch.Generator().manual_seed(0)).observations
+    assert np.array_equal(np.unique(np.float32(seen), axis=0), np.unique(taken, axis=0))  # not the last one's successor
     assert np.allclose(agent.actor.obs_norm.mean, np.mean(seen, 0), atol=1e-4)
     assert agent.actor.obs_norm.count.item() == pytest.approx(300)
     for optimizer in (agent.q_optimizer, agent.actor_optimizer):  # AdamW
@@ -169,12 +169,18 @@ def test_sparsity_counts_the_blocks_alone_and_is_exact(mst):
         assert 0.4 < share.min() and share.max() < 0.6
 
 
-@pytest.mark.parametrize("options", [{"actor_regime": "dense"}, {"critic_regime": "dense"}])
-def test_one_module_alone_may_be_sparse(mst, small, options):
-    run = mst.train(small(mst, total_timesteps=150, **options))["run_dir"]
-    meta, (dense,) = read_meta(run), options
-    sparse = {net for net, parts in meta["modules"].items() if any(p.get("type") == "SparseLinear" for p in parts)}
-    assert sparse == ({"qf1", "qf2"} if dense == "actor_regime" else {"actor"})
+@pytest.mark.parametrize(
+    ("dense", "sparse"), [("actor", {"qf1", "qf2"}), ("critic", {"actor"}), ("actor critic", set())]
+)
+def test_dense_modules_train_beside_sparse_ones_and_alone(mst, small, dense, sparse):
+    options = {f"{name}_regime": "dense" for name in dense.split()}
+    first, last = (mst.train(small(mst, total_timesteps=steps, **options))["run_dir"] for steps in (1, 150))
+    parts = read_meta(last)["modules"].items()
+    assert sparse == {net for net, own in parts if any(part.get("type") == "SparseLinear" for part in own)}
+    before, after = (torch.load(f"{run}/model.pt", weights_only=True) for run in (first, last))
+    weights = [(net, name) for net in ("actor", "qf1", "qf2") for name in before[net] if name.endswith("weight")]
+    assert len(weights) == 6 + 2 * 6  # of one block each: embedding, norm, fc1, fc2, norm, head
+    assert not [place for place in weights if torch.equal(before[place[0]][place[1]], after[place[0]][place[1]])]
 
 
 def groups_have_n(E, n, m):
@@ -197,7 +203,7 @@ REGIMES = {  # options: whether actor and critics move
 
 @pytest.mark.parametrize("name", REGIMES)
 def test_masks_of_each_regime(mst, small, monkeypatch, name):
-    """Counts, groups, targets, zeros under weight decay, at every update of a run; the actor's own clock."""
+    """Counts, groups and targets at every update of a run; the actor's own clock."""
     options, *moves = REGIMES[name]
     agents, steps, update_agent = [], [], mst.update_agent
     changes = {"actor": set(), "qf1": set(), "qf2": set()}
@@ -210,10 +216,7 @@ def test_masks_of_each_regime(mst, small, monkeypatch, name):
         for net in agent.networks:
             now, target = masks_of(mst, net.online), masks_of(mst, net.target)
             for layer_name, E in now.items():
-                layer = mst.sparse_layers(net.online)[layer_name]
                 assert E.sum() == before[net.name][layer_name].sum() and torch.equal(E, target[layer_name])
-                assert not layer.sparse_weight()[~E].any()
-                assert not mst.sparse_layers(net.target)[layer_name].sparse_weight()[~E].any()
                 nm = mst.regimes(args)["actor" if net.name == "actor" else "critic"][2]
                 assert nm is None or groups_have_n(E, *nm)
                 if not torch.equal(E, before[net.name][layer_name]):
@@ -221,7 +224,7 @@ def test_masks_of_each_regime(mst, small, monkeypatch, name):
         return losses
 
     monkeypatch.setattr(mst, "update_agent", watched)
-    result = mst.train(small(mst, weight_decay=0.5, total_timesteps=300, mask_update_interval=10, **options))
+    result = mst.train(small(mst, total_timesteps=300, mask_update_interval=10, **options))
     assert steps[:200] == list(range(1, 201))  # then the hardware report's
     actor, critic = moves
     ends = 0.8 * 200
@@ -263,7 +266,7 @@ def test_swaps_by_brute_force(mst):
     for seed, (n, m, cols) in enumerate(cases):
         torch.manual_seed(seed)
         layer = mst.SparseLinear(nn.Linear(cols, 6), mst.random_mask((6, cols), None, (n, m)), (n, m))
-        score, drop = torch.rand(6, cols), 0.3
+        score, drop = torch.rand(6, cols) * (torch.arange(6) % (1 + seed % 2) == 0)[:, None], 0.3  # dead units: all 0
         W, E = layer.sparse_weight().detach(), layer.E
         groups = []
         for r in range(6):
@@ -275,7 +278,7 @@ def test_swaps_by_brute_force(mst):
         wanted = E.clone()
         for _, r, weakest, places in sorted(groups)[: int(drop * int(E.sum()))]:
             wanted[r, weakest] = False
-            wanted[r, max((c for c in places if not wanted[r, c]), key=lambda c: score[r, c])] = True
+            wanted[r, max((c for c in places if not wanted[r, c]), key=lambda c: (score[r, c], c == weakest))] = True
         places = mst.new_positions(layer, score, drop)
         found = torch.zeros(6 * cols, dtype=torch.bool).index_fill(0, places, True).view(6, cols)
         assert torch.equal(found, wanted) and len(places) == len(layer.positions)
@@ -331,7 +334,8 @@ def test_a_change_takes_gradients_moments_and_targets_along(mst, part, other, na
 
 @pytest.mark.parametrize("kernel", ["nm", "torch"])
 def test_training_is_dense_masked_training(mst, kernel):
-    """Ten updates beside plain layers with masked weights and torch's AdamW, written apart."""
+    """Twelve updates, two of them changes of the critics' masks, beside plain layers with masked weights and torch's
+    AdamW, written apart: weights that are dropped, and all that weight decay and moments could bring back, are zero."""
     agent, args = agent_of(mst, kernel=kernel, weight_decay=0.1, learning_rate=3e-3)
     for optimizer in (agent.q_optimizer, agent.actor_optimizer):
         optimizer.param_groups[0].update(weight_decay=args.weight_decay, decoupled_weight_decay=True)
@@ -340,7 +344,7 @@ def test_training_is_dense_masked_training(mst, kernel):
         for key, net in ((part.name, part.online), (f"{part.name}_target", part.target)):
             twins[key] = plain_copy(mst, net).requires_grad_("target" not in key)
             layers = mst.sparse_layers(net)
-            masks[key] = {twins[key].get_submodule(f"net.{name}"): layer.E for name, layer in layers.items()}
+            masks[key] = {twins[key].get_submodule(f"net.{name}"): (layer.E, layer) for name, layer in layers.items()}
     mst.use_kernel(args, agent, spaces(11, 3))
     q_params = [p for key in ("qf1", "qf2") for p in twins[key].parameters()]
     q_optimizer = torch.optim.AdamW(q_params, lr=3e-3, weight_decay=0.1)
@@ -349,16 +353,20 @@ def test_training_is_dense_masked_training(mst, kernel):
 
     def mask():
         for own in masks.values():
-            for linear, E in own.items():
-                linear.weight.data *= E
+            for linear, (E, layer) in own.items():
+                own[linear] = layer.E, layer
+                linear.weight.data *= E & layer.E  # what grows starts from zero
+                for moment in ("exp_avg", "exp_avg_sq") if not torch.equal(E, layer.E) else ():
+                    q_optimizer.state.get(linear.weight, {moment: 0})[moment] *= E & layer.E
 
-    for update in range(1, 11):
-        data = batch(seed=update)
-        mst.update_critics(agent, data, args, generator)
+    for update in range(1, 13):
+        data, drop = batch(seed=update), 0.3 if update in (4, 8) else None
+        mst.update_critics(agent, data, args, generator, drop)
         y = targets(SimpleNamespace(**twins | {"target_actor": twins["actor_target"]}), data, other)
-        q_optimizer.zero_grad()
-        sum(F.mse_loss(twins[key](data.observations, data.actions), y) for key in ("qf1", "qf2")).backward()
-        q_optimizer.step()
+        if drop is None:
+            q_optimizer.zero_grad()
+            sum(F.mse_loss(twins[key](data.observations, data.actions), y) for key in ("qf1", "qf2")).backward()
+            q_optimizer.step()
         mask()
         if update % 2 == 0:
             mst.update_actor(agent, data, args)
@@ -378,115 +386,6 @@ def test_training_is_dense_masked_training(mst, kernel):
                 assert torch.allclose(plain[name.removeprefix("net.")].float(), x.float(), atol=2e-5), (key, name)
                 moved += 1
     assert moved > 60
-
-
-# --- Diagnostics --------------------------------------------------------------------------------------------------
-
-
-def test_dormant_share_and_srank_by_hand(mst):
-    h = torch.tensor([[1.0, 0.0, 0.1, 2.0], [1.0, 0.0, 0.0, 2.0]])  # means 1, 0, 0.05, 2; mean of all 0.7625
-    assert mst.dormant_share([h]) == 0.5  # at most 0.07625
-    assert mst.dormant_share([h], threshold=0.05) == 0.25
-    assert mst.dormant_share([h, torch.ones(2, 2)]) == pytest.approx(2 / 6) and mst.dormant_share([h * 0]) == 1
-    assert mst.srank(torch.diag(torch.tensor([100.0, 50.0, 1.0, 0.1]))) == 2  # 150 of 151.1 are 99.3 %
-    assert mst.srank(torch.diag(torch.tensor([100.0, 50.0, 2.0, 0.0]))) == 3 and mst.srank(torch.eye(5)) == 5
-
-
-def test_diagnostics_of_a_network(mst):
-    agent, args = agent_of(mst, critic_blocks=2)
-    rb = mst.ReplayBuffer(100, mst.transition_columns(spaces(11, 3)), "cpu")
-    rng = np.random.default_rng(0)
-    for _ in range(60):
-        obs, action, after = rng.normal(size=11), rng.uniform(-1, 1, 3), rng.normal(size=11)
-        rb.add(observations=obs, actions=action, next_observations=after, rewards=rng.normal(), dones=False)
-    agent.qf1.net.embedding.weight.data[:, 11:] *= 10  # which units sleep depends on the actions
-    agent.qf1.net.block1.net.fc1.bias.data.fill_(-2)
-    before = torch.get_rng_state(), {n: p.clone() for n, p in agent.qf1.named_parameters()}
-    hook = agent.qf1.net.block1.net.relu.register_forward_hook(lambda *_: torch.rand(1) and None)  # a fork that draws
-    state, first = mst.State(), mst.get_masks(agent)
-    state.ever = {name: E | (name.startswith("qf1") and "fc2" in name) for name, E in first.items()}
-    layer = mst.sparse_layers(agent.qf1)["block2.net.fc1"]
-    first["qf1.block2.net.fc1"].view(-1)[layer.positions[:40]] = False
-
-    def diagnose(step: int) -> dict[str, float]:
-        state.global_step = step
-        return mst.diagnose(agent, rb, args, state, first)
-
-    row = diagnose(7)
-    assert torch.equal(before[0], torch.get_rng_state())
-    assert all(torch.equal(p, before[1][n]) and p.grad is None for n, p in agent.qf1.named_parameters())
-    assert row == diagnose(7) and row != diagnose(8)
-    hook.remove()
-    assert not any(part._forward_hooks or part._forward_pre_hooks for part in agent.qf1.modules())
-    data = rb.sample(args.batch_size, torch.Generator().manual_seed(7))
-    shares, parts = [], agent.qf1.net
-    for actions in (agent.actor(data.observations).detach(), data.actions):  # the critic's loss has the latter
-        h, hidden = parts.embedding(torch.cat([agent.qf1.obs_norm(data.observations), actions], 1)), []
-        for block in (parts.block1, parts.block2):
-            hidden.append(torch.relu(block.net.fc1(block.net.norm(h))).detach())
-            h = h + block.net.fc2(hidden[-1])
-        features = parts.norm(h).detach()
-        shares.append(mst.dormant_share(hidden))
-    assert row["plasticity/qf1/dormant"] == pytest.approx(shares[1]) != pytest.approx(shares[0])
-    assert row["plasticity/qf1/srank"] == mst.srank(features)
-    assert row["plasticity/qf1/feature_norm"] == pytest.approx(h.detach().norm(dim=1).mean().item(), rel=1e-5)
-    weights = torch.cat([p.flatten() for p in agent.qf1.parameters()])
-    assert row["plasticity/qf1/weight_norm"] == pytest.approx(weights.norm().item(), rel=1e-5)
-    loss = mst.critic_losses(agent, data, args, torch.Generator().manual_seed(7))
-    sum(loss[1]).backward()
-    grad = torch.cat([p.grad.flatten() for p in agent.qf1.parameters()])
-    assert row["plasticity/qf1/gradient_norm"] == pytest.approx(grad.norm().item(), rel=1e-4)
-    parts = agent.actor.net
-    h = parts.embedding(agent.actor.obs_norm(data.observations))
-    inner = torch.relu(parts.block1.net.fc1(parts.block1.net.norm(h)))
-    assert row["plasticity/actor/dormant"] == pytest.approx(mst.dormant_share([inner.detach()]))
-    actor_loss = -agent.qf1(data.observations, agent.actor(data.observations)).mean()
-    grads = torch.autograd.grad(actor_loss, list(agent.actor.parameters()))
-    wanted = torch.cat([g.flatten() for g in grads]).norm().item()
-    assert row["plasticity/actor/gradient_norm"] == pytest.approx(wanted, rel=1e-4)
-    ever, grown = (
-        {net: row[f"plasticity/{net}/{key}"] for net in ("actor", "qf1", "qf2")}
-        for key in ("ever_active", "grown_norm")
-    )
-    assert ever == pytest.approx({"actor": 0.4, "qf1": 0.7, "qf2": 0.4}, abs=5e-3)  # fc2 is as large as fc1
-    kept = torch.cat([x.active_weights.detach() for x in mst.sparse_layers(agent.qf1).values()])
-    outside = layer.active_weights.detach()[:40].square().sum() / kept.square().sum()
-    assert grown == {"actor": 0, "qf1": pytest.approx(outside.item(), rel=1e-5), "qf2": 0}
-    agent.qf1.spare = torch.nn.Parameter(torch.zeros(2))  # of a fork: no loss uses it
-    agent.extra, agent.target_of["extra"] = copy.deepcopy(agent.qf1), "qf1_target"  # no loss calls it
-    assert diagnose(7) == pytest.approx(row)
-    agent.qf1.net.embedding.weight.requires_grad_(False)  # frozen by a fork
-    assert 0 < diagnose(7)["plasticity/qf1/gradient_norm"] < row["plasticity/qf1/gradient_norm"]
-    agent.qf2.requires_grad_(False)
-    assert diagnose(7)["plasticity/qf2/gradient_norm"] == 0 < row["plasticity/qf2/gradient_norm"]
-    for block in (agent.qf2.net.block1, agent.qf2.net.block2):
-        block.net.relu = type("Own", (nn.ReLU,), {"__module__": "fork"})()
-    layers = [(name.replace("head", "last"), x) for name, x in agent.qf2.net.named_children()]
-    agent.qf2.net = nn.Sequential(OrderedDict(layers))
-    lacks = {key for key in row if key not in diagnose(7)}
-    assert lacks == {"plasticity/qf2/dormant", "plasticity/qf2/srank"}
-    torch.nn.utils.parametrizations.spectral_norm(agent.qf2.net.embedding)  # each pass in training moves its buffers
-    buffers = [x.clone() for x in agent.qf2.buffers()]
-    diagnose(7)
-    assert all(map(torch.equal, buffers, agent.qf2.buffers()))
-    agent.qf2(data.observations, data.actions)
-    assert not all(map(torch.equal, buffers, agent.qf2.buffers()))
-    agent.actor.net.embedding.weight.data[0] = math.nan
-    with pytest.raises(FloatingPointError, match="at step 9"):
-        diagnose(9)
-
-
-def test_diagnostics_change_nothing_but_their_rows(mst, small):
-    options = {"total_timesteps": 300, "eval_interval": 100, "learning_starts": 100, "mask_update_interval": 25}
-    a, b, c = (mst.train(small(mst, diagnostics_interval=x, **options))["run_dir"] for x in (0, 50, 125))
-    assert [float(row["global_step"]) for row in read_rows(c) if row["plasticity/qf1/srank"]] == [125, 250, 300]
-    assert next(float(row["global_step"]) for row in read_rows(b) if row["plasticity/qf1/srank"]) == 50  # untrained
-    plain = [{k: v for k, v in row.items() if "plasticity" not in k} for row in read_rows(a)]
-    rows = {row["global_step"]: {k: v for k, v in row.items() if "plasticity" not in k} for row in read_rows(b)}
-    assert plain == [rows[row["global_step"]] for row in plain] and len(rows) > len(plain) - 1
-    for net, grows in (("qf1", True), ("actor", False)):
-        ever = [float(x) for row in read_rows(c) if (x := row[f"plasticity/{net}/ever_active"])]
-        assert ever[0] == pytest.approx(0.4, abs=0.005) and (ever[1] > ever[0]) == grows  # before step 125's change
 
 
 def test_resume_in_the_middle_of_everything(mst, small, monkeypatch):

@@ -28,6 +28,7 @@ SHORT = {"total_timesteps": 1100, "learning_starts": 100, "mask_update_interval"
 WARNINGS = {  # options: whose masks do not change, why
     ("mask_update_interval", 900): ("critic", "--mask-update-interval"),
     ("mask_end", 0.0): ("critic", "--mask-end"),
+    ("learning_starts", 1100): ("critic", "--learning-starts"),
     ("drop_fraction", 0.0): ("critic", "--drop-fraction"),
     ("critic_nm", "4:4"): ("critic", "nothing is inactive"),
     ("critic_sparsity", 0.0): ("critic", "nothing is inactive"),
