@@ -55,6 +55,24 @@ def grown(study) -> list[list[str]]:
     return rows
 
 
+def features(study) -> list[list[str]]:
+    """Cells: environment, the critics' masks, how many critics have such ones, and the least and the greatest srank and
+    feature norm of these at the end of the runs and at the first look, before training."""
+    groups = {}  # masks: rows [srank, feature norm, both at first] of each critic
+    for c in study.configurations:
+        for run in (run for run in c.runs if "plasticity/qf1/srank" in run.metrics):
+            regime = run.args["critic_regime"]
+            masks = regime if regime == "dense" else f"{regime} {c.label.rpartition('/')[2]}"
+            for net in NETS[1:]:
+                looks = run.metrics[[f"plasticity/{net}/{key}" for key in ("srank", "feature_norm")]].dropna()
+                groups.setdefault(masks, []).append([*looks.iloc[-1], *looks.iloc[0]])
+    rows = []
+    for masks, critics in groups.items():
+        cells = [f"{min(column):.3g} to {max(column):.3g}" for column in zip(*critics, strict=True)]
+        rows.append([study.setting["env_id"], masks, str(len(critics)), *cells])
+    return rows
+
+
 def print_table(header: list[str], rows: list[list[str]]) -> None:
     print()
     for cells in [header, ["---"] * len(header), *rows]:
@@ -75,6 +93,9 @@ def main() -> None:
         print_table(["environment", "scores", "by seed", "mean", "lead"], rows)
         if rows := [row for study in asked for row in grown(study)]:
             print_table(["environment", "norm outside the first mask", "seeds", *NETS], rows)
+        if rows := [row for study in asked for row in features(study)]:
+            numbers = ["srank at the end", "feature norm at the end", "srank at first", "feature norm at first"]
+            print_table(["environment", "critics' masks", "critics", *numbers], rows)
         for name, reason in bad + replaced:
             print(f"\nNot in the table: {name}: {reason}")
 

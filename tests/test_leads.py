@@ -68,10 +68,28 @@ def test_the_norm_outside_the_first_mask():
     assert rows == [["Hopper-v4", "moves", "2", "30 %", "30 %", "0 %"]]
 
 
+def test_rank_and_norm_of_the_critics_features():
+    """The last look and the first one, of both critics, by the critics' masks."""
+    keys = [f"plasticity/{net}/{key}" for net in ("qf1", "qf2") for key in ("srank", "feature_norm")]
+
+    def run(regime, *values):
+        looks = {key: [None, x, None, y] for key, x, y in zip(keys, *values, strict=True)}
+        return SimpleNamespace(metrics=leads.sa.pd.DataFrame(looks), args={"critic_regime": regime})
+
+    rigl, more = run("rigl", (9, 1.0, 8, 2.0), (7, 3.0, 6, 4.0)), run("rigl", (9, 1.5, 9, 1.5), (5, 3.5, 6, 3.5))
+    found = [("RigL/RigL 60/60", [rigl]), ("MST 60/60", [more]), ("dense", [run("dense", (9, 5.0) * 2, (3, 6.0) * 2)])]
+    none = SimpleNamespace(metrics=leads.sa.pd.DataFrame({"x": [1]}), args={})
+    found = [SimpleNamespace(label=label, runs=[*runs, none]) for label, runs in found]
+    assert leads.features(SimpleNamespace(setting={"env_id": "Hopper-v4"}, configurations=found)) == [
+        ["Hopper-v4", "rigl 60", "4", "5 to 7", "3 to 4", "8 to 9", "1 to 2"],
+        ["Hopper-v4", "dense", "2", "3 to 3", "6 to 6", "9 to 9", "5 to 5"],
+    ]
+
+
 def test_the_pages_have_the_tables_of_their_runs(capsys):
     leads.main()
     tables = [part for part in capsys.readouterr().out.strip().split("\n\n") if part.startswith("|")]
-    for folder, table in zip(("rlx2", "mst", "mst"), tables, strict=True):
+    for folder, table in zip(("rlx2", "mst", "mst", "mst"), tables, strict=True):
         assert table.count("\n") == 1 or table in (ROOT / f"results/{folder}/README.md").read_text()
 
 
@@ -113,13 +131,11 @@ def test_what_the_pages_say_of_mst():
     apart = f"{abs(mst - control).max():.0f}"
     assert f"within {apart} of its control" in readme and f"are {apart} or less apart in every seed" in page
     assert f"differ by {mst.max() - mst.min():,.0f} between MST's own seeds" in page
-    assert f"dense has {', '.join(f'{score:,.0f}' for score in dense)}." in page
+    assert f"dense has {', '.join(f'{score:,.0f}' for score in dense)}," in page
     assert (half > dense).all() and (swapped > dense).all()
-    ends = {}
-    for name, c in found.items():
-        for key in ("srank", "feature_norm"):
-            values = [run.metrics[f"plasticity/{net}/{key}"].iloc[-1] for run in c.runs for net in ("qf1", "qf2")]
-            ends.setdefault((key, name == "dense"), []).extend(values)
-    low_high = {key: f"{min(values):.3g} to {max(values):.3g}" for key, values in ends.items()}
-    assert f"of {low_high['srank', True]} when dense, of {low_high['srank', False]} when sparse" in page
-    assert f"of {low_high['feature_norm', True]} and {low_high['feature_norm', False]}, in every seed" in page
+    assert "swapped is above dense in all three seeds, too" in page and "without overlap at equal sparsity" in page
+    study = next(x for x in studies if x.setting["env_id"] == "Hopper-v5")
+    cells = {masks: [tuple(map(float, x.split(" to "))) for x in x] for _, masks, _, *x in leads.features(study)}
+    for low, high in (("dense", "rigl 60"), ("rigl 60", "static 60")):
+        assert cells[low][0][1] < cells[high][0][0] and cells[high][1][1] < cells[low][1][0]  # srank, norm
+    assert all(1.8 < cells["dense"][3][0] / high < 2.5 for masks, (*_, (_, high)) in cells.items() if masks != "dense")
