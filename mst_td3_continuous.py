@@ -143,7 +143,7 @@ class Args:
     actor_sparsity: Sparsity = None
     """share of the weights in the actor's blocks that are zero, in [0, 1); 0.6 if neither it nor --actor-nm is given"""
     critic_sparsity: Sparsity = None
-    """the same of the critics' blocks, or --critic-nm; both critics share one budget"""
+    """the same of the critics' blocks, for both critics alike; 0.6 if neither it nor --critic-nm is given"""
     actor_nm: str | None = None
     """N:M instead of a sparsity in the actor's blocks, such as 2:4; 1 <= N <= M <= 9,999"""
     critic_nm: str | None = None
