@@ -2,8 +2,10 @@
 
 import re
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from conftest import ROOT
 
@@ -119,23 +121,49 @@ def test_the_means_on_the_pages_are_those_of_the_runs():
 
 
 def test_what_the_pages_say_of_mst():
-    """Scores and critics at the end of Hopper-v5's runs."""
+    """Scores and critics of both environments."""
     studies = leads.sa.make_studies(leads.sa.load_all(leads.sa.find_folders((str(ROOT / "results/mst"),)))[0])[0]
-    (found,) = ({c.label: c for c in x.configurations} for x in studies if x.setting["env_id"] == "Hopper-v5")
     names = "dense", "static/static 60/60", "MST 60/60", "RigL/static 60/60", "MST 2:4/2:4"
-    assert set(found) == set(names) and all([run.args["seed"] for run in c.runs] == [1, 2, 3] for c in found.values())
     readme, page = (" ".join((ROOT / path).read_text().split()) for path in ("README.md", "results/mst/README.md"))
-    texts = "{} for dense, {} static/static, {} MST, {} swapped (actor RigL, critics static) and {} MST with 2:4"
-    assert texts.format(*(f"{found[name].scores.mean():,.0f}" for name in names)) in readme
-    dense, control, mst, swapped, half = (found[name].scores for name in names)
+    spread, scores, cells, ahead = 0, {}, {}, Counter()
+
+    def join(values):
+        return ", ".join(f"{value:,.0f}" for value in values)
+
+    for study in studies:
+        found, env_id = {c.label: c for c in study.configurations}, study.setting["env_id"]
+        assert set(found) == set(names)
+        assert all([run.args["seed"] for run in c.runs] == [1, 2, 3] for c in found.values())
+        assert f"| {env_id} | {' | '.join(f'{found[name].scores.mean():,.0f}' for name in names)} |" in readme
+        scores[env_id] = [found[name].scores for name in names]
+        spread = max(spread, *(np.ptp(by_seed) for by_seed in scores[env_id]))
+        for name in names[1:]:
+            for pair in zip(found[name].runs, found["dense"].runs, strict=True):
+                end = min(run.minutes for run in pair)  # CPU time of the one that used less
+                own, other = (leads.sa.score_within(run, end) for run in pair)
+                ahead[env_id] += own > other
+        rows = leads.features(study)
+        cells[env_id] = {masks: [tuple(map(float, cell.split(" to "))) for cell in row] for _, masks, _, *row in rows}
+    assert f"seeds of one configuration are up to {spread:,.0f} apart" in readme
+
+    dense, control, mst, swapped, half = scores["Hopper-v5"]
     apart = f"{abs(mst - control).max():.0f}"
-    assert f"within {apart} of its control" in readme and f"are {apart} or less apart in every seed" in page
+    assert f"within {apart} of it in every seed" in readme and f"are {apart} or less apart in every seed" in page
     assert f"differ by {mst.max() - mst.min():,.0f} between MST's own seeds" in page
-    assert f"dense has {', '.join(f'{score:,.0f}' for score in dense)}," in page
-    assert (half > dense).all() and (swapped > dense).all()
-    assert "swapped is above dense in all three seeds, too" in page and "without overlap at equal sparsity" in page
-    study = next(x for x in studies if x.setting["env_id"] == "Hopper-v5")
-    cells = {masks: [tuple(map(float, x.split(" to "))) for x in x] for _, masks, _, *x in leads.features(study)}
-    for low, high in (("dense", "rigl 60"), ("rigl 60", "static 60")):
-        assert cells[low][0][1] < cells[high][0][0] and cells[high][1][1] < cells[low][1][0]  # srank, norm
-    assert all(1.8 < cells["dense"][3][0] / high < 2.5 for masks, (*_, (_, high)) in cells.items() if masks != "dense")
+    assert f"dense has {join(dense)}," in page
+    assert (half > dense).all() and "more than dense in all three seeds" in page
+    assert (swapped > dense).all() and "swapped is above dense in all three seeds, too" in page
+    hopper = cells["Hopper-v5"]
+    for low, high in (("dense", "rigl 60"), ("rigl 60", "static 60")):  # "without overlap at equal sparsity"
+        assert hopper[low][0][1] < hopper[high][0][0] and hopper[high][1][1] < hopper[low][1][0]  # srank, norm
+    for own in cells.values():  # "about twice that of the others before training, too"
+        assert all(1.6 < own["dense"][3][0] / high < 2.6 for masks, (*_, (_, high)) in own.items() if masks != "dense")
+
+    dense, control, mst, swapped, half = scores["HalfCheetah-v5"]
+    assert f"MST minus static/static: {join(mst - control)})" in page
+    assert f"above it in {('none', 'one', 'two', 'all')[(mst > control).sum()]} of three" in readme
+    assert f"static/static minus dense: {join(control - dense)}; static/static alone has {join(control)})." in page
+    assert (swapped < dense).all() and "swapped is below dense in all three seeds" in page
+    own = cells["HalfCheetah-v5"]
+    assert all(own["dense"][1][0] > high for masks, (_, (_, high), *_) in own.items() if masks != "dense")
+    assert ahead["Hopper-v5"] == 12 and f"on HalfCheetah-v5 in {ahead['HalfCheetah-v5']} of 12 pairs" in page
