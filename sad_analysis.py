@@ -1111,6 +1111,7 @@ def draw(study: Study, out: Path, resamples: int) -> list[Path]:
         path.unlink(missing_ok=True)  # of an earlier analysis, maybe of other runs
         if name in figures:
             figures[name].savefig(path, dpi=150)
+            figures[name].set_layout_engine(None)  # as it is found, the SVG keeps it
     return [out / f"{file}_{name}.png" for name in figures]
 
 
