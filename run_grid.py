@@ -307,10 +307,10 @@ class Pool:
             self.bar = tqdm(total=total, initial=done, unit="step", desc="grid", dynamic_ncols=True, smoothing=0.02)
         while any(self.slots) or (self.waiting and not self.stop_signal):
             for slot, run in enumerate(self.slots):
-                if run is None:
-                    self.fill(slot)
-                elif run.process.poll() is not None:
+                if run and run.process.poll() is not None:
                     self.settle(slot)
+                if self.slots[slot] is None:
+                    self.fill(slot)
             if self.stop_signal and (untold := [run for run in self.slots if run and not run.stopped]):
                 self.say("stopping all runs at the end of their episodes; once more to leave at once")
                 self.kill(untold, signal.SIGTERM)

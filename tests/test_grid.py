@@ -1,4 +1,4 @@
-"""run_grid.py: with a stand-in for a training script that takes half a second, and with the real ones."""
+"""run_grid.py: with a stand-in for a training script that takes a quarter of a second, and with the real ones."""
 
 import fcntl
 import json
@@ -77,7 +77,7 @@ def main():
         step += 1
         print(step, file=file, flush=True)
         write(checkpoint, str(step))
-        time.sleep(0.02)
+        time.sleep(0.01)
         if args.mode == "nan" and step == 5:
             write_meta(exit_reason="nan")
             print("error: loss is NaN")
@@ -203,13 +203,13 @@ def test_other_code_that_lived_elsewhere_is_not_counted(grid, tmp_path):
 
 
 def test_a_script_edited_while_the_grid_runs(grid, tmp_path):
-    process = grid("toy.py", more=("--workers", 1), wait=False)
+    process = grid("toy.py --total-timesteps 50", more=("--workers", 1), wait=False)
     wait_for(lambda: started(tmp_path))
     with open(tmp_path / "toy.py", "a") as file:
         file.write("# edited\n")
     out, _ = process.communicate(timeout=60)
     assert process.returncode == 1 and len(started(tmp_path)) == 1
-    assert "failed: A-v0 toy s2: the script was edited while the grid ran" in out
+    assert "failed: A-v0 toy --total-timesteps 50 s2: the script was edited while the grid ran" in out
 
 
 @pytest.mark.parametrize(
@@ -288,13 +288,13 @@ def test_a_stopped_grid_whose_reader_is_gone(grid, tmp_path):
 
 def test_a_killed_grid_and_its_orphans(grid, tmp_path):
     """kill -9 of the grid leaves its runs alive: the next grid waits for them, and starts none of them again."""
-    process = grid("toy.py --total-timesteps 150", more=("--workers", 2), wait=False)
+    process = grid("toy.py --total-timesteps 300", more=("--workers", 2), wait=False)
     wait_for(lambda: len(started(tmp_path)) == 2)
     process.kill()
     process.communicate()
-    code, out, _ = grid("toy.py --total-timesteps 150", more=("--dry-run",))
+    code, out, _ = grid("toy.py --total-timesteps 300", more=("--dry-run",))
     assert code == 0 and out.count("runs elsewhere") == 2
-    code, out, _ = grid("toy.py --total-timesteps 150", seeds=(1, 2, 3))
+    code, out, _ = grid("toy.py --total-timesteps 300", seeds=(1, 2, 3))
     assert code == 0 and len(started(tmp_path)) == 3 and "3 of 3" in out
 
 
@@ -460,12 +460,12 @@ def test_a_script_with_a_module_beside_it(grid, tmp_path):
 
 @pytest.mark.parametrize("change", ["broken", "gone"])
 def test_a_script_that_breaks_while_the_grid_runs(grid, tmp_path, change):
-    process = grid("toy.py", more=("--workers", 1), wait=False)
+    process = grid("toy.py --total-timesteps 50", more=("--workers", 1), wait=False)
     wait_for(lambda: started(tmp_path))
     if change == "broken":
         (tmp_path / "toy.py").write_text("def (")
     else:
         (tmp_path / "toy.py").unlink()
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 1 and err == "" and "finished: A-v0 toy s1" in out
-    assert out.count("failed: A-v0 toy s2: ") == 2 and "0 of" not in out and "1 of 2" in out
+    assert process.returncode == 1 and err == "" and "finished: A-v0 toy --total-timesteps 50 s1" in out
+    assert out.count("failed: A-v0 toy --total-timesteps 50 s2: ") == 2 and "0 of" not in out and "1 of 2" in out
