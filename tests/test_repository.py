@@ -203,6 +203,9 @@ def test_readme_snippet_acts(rnm, small):
     assert scope["action"].shape == (1,) and abs(scope["action"]) <= 2
 
 
+NUMBERS = "none one two three four five six seven eight nine ten".split()
+
+
 def read_table(text, number=0):
     """A table of a text of Markdown: for each row its cells."""
     rows = re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE)[number].splitlines()
@@ -235,9 +238,6 @@ def test_the_readme_s_numbers_are_those_of_the_results():
             assert key in head and ["inf" if cell == "-" else cell for cell in row] == cells, (env, head)
         scores = [float(score.replace(",", "")) for score in said[1][1:]]
         percents |= {(env, label): f"{100 * x / scores[0]:.0f} %" for label, x in zip(labels, scores, strict=True)}
-        at_equal_time = {cells[0]: cells[-2] for cells in tables[1][2:6]}  # mean [least, most]
-        more = {label for label, cell in at_equal_time.items() if float(cell.split()[1][1:-1].replace(",", "")) > 0}
-        assert more == ({"dense, as many weights as 1:8"} if "Half" in env else {"2:4", "1:4", "1:8"})  # in every seed
     words = " ".join(README.partition("**In short.**")[2].split())
     words = re.sub(r" \(by seed \d+ to \d+ %\)", "", words)  # test_claims.py has them
     said = "2:4 has {} of dense's score on HalfCheetah-v5 and {} on Ant-v5, 1:4 has {} and {}, 1:8 has {} and {}."
@@ -259,7 +259,7 @@ def test_the_readme_s_ranges_are_those_of_the_pairs():
     for path in ROOT.glob("results/paper/*/meta.json"):
         meta = json.loads(path.read_text())
         usual = meta["args"].get("mask_update_interval", 1000) == 1000 and not meta["args"].get("sparse_head")
-        if usual and meta["args"]["seed"] <= 3 and meta["args"]["hidden_dim"] == 256:
+        if usual and meta["args"]["hidden_dim"] == 256:
             key = f"{meta['n']}:{meta['m']}" if meta["n"] else "dense", meta["args"]["env_id"], meta["args"]["seed"]
             assert runs.setdefault(key, meta) is meta
     shares = {}
@@ -272,6 +272,7 @@ def test_the_readme_s_ranges_are_those_of_the_pairs():
         costs, scores = shares[name, "cpu_time_s"], shares[name, "final_score"]
         parts = [scores] if name == "2:4" else [{k: v for k, v in scores.items() if k[0] == env} for env in ENVS]
         ranges = [f"{min(x.values()):.2f} to {max(x.values()):.2f}" for x in (costs, *parts)]
-        assert len(costs) == 6 and re.findall(r"[\d.]+ to [\d.]+", text) == ranges, name
-    below = {name: sum(share < 1 for share in shares[name, "final_score"].values()) for name in ("1:8", "1:4", "2:4")}
-    assert below == {"1:8": 6, "1:4": 5, "2:4": 3} and "below dense in all six pairs, 1:4 in five, 2:4 in three" in part
+        assert len(costs) >= 6 and re.findall(r"[\d.]+ to [\d.]+", text) == ranges, name
+    below = [sum(share < 1 for share in shares[name, "final_score"].values()) for name in ("1:8", "1:4", "2:4")]
+    said = "1:8 ends below dense in {} of {} pairs, 1:4 in {}, 2:4 in {}."
+    assert said.format(*(NUMBERS[x] for x in (below[0], len(costs), *below[1:]))) in part
