@@ -689,17 +689,19 @@ def add_legend(figure: Figure) -> Figure:
     return figure
 
 
-def band(ax, c: Configuration, curves: list[pd.Series], resamples: int, scale: float = 1e-3) -> None:
-    """IQM over seeds, its 95 % bootstrap band, and each seed faintly, where all have a value; x times `scale`."""
+def band(ax, c: Configuration, curves: list[pd.Series], resamples: int, clock=None, shaded=True) -> None:
+    """IQM over seeds, its 95 % bootstrap band if `shaded`, and each seed faintly, where all have a value; over thousand
+    steps, or over the `clock` at each step."""
     table = pd.concat(curves, axis=1, join="inner").dropna()
     if len(table):
         table = table.iloc[evenly(len(table), 300)]
-        x, rows, marker = table.index * scale, table.to_numpy().T, "." if len(table) < 3 else None
+        x = table.index * 1e-3 if clock is None else clock[table.index]
+        rows, marker = table.to_numpy().T, "." if len(table) < 3 else None
         label = f"{c.label} ({count(len(rows), 'seed')})"
         ax.plot(x, iqm(rows, axis=0), linewidth=1.2, label=label, clip_on=False, marker=marker, **c.look)
         if len(rows) > 1:
             ax.plot(x, rows.T, linewidth=0.5, alpha=0.4, color=c.look["color"])
-        if len(rows) > 3:  # of fewer it is their range
+        if shaded and len(rows) > 3:  # of fewer it is their range
             low, high = interval([rows], lambda drawn: iqm(drawn, axis=1), resamples)
             ax.fill_between(x, low, high, color=c.look["color"], alpha=0.15, linewidth=0)
 
@@ -828,6 +830,13 @@ def draw_interval(study: Study, resamples: int) -> Figure | None:
     return add_legend(figure)
 
 
+def draw_minutes(ax, study: Study, c: Configuration, resamples: int, shaded=True) -> None:
+    """Returns over CPU time, where it is known: at each step the median of the seeds."""
+    if runs := study.timed[c]:
+        clock = pd.concat([run.metrics["charts/cpu_time_s"] / 60 for run in runs], axis=1).median(axis=1)
+        band(ax, c, [run.curve("eval/episodic_return") for run in runs], resamples, clock, shaded)
+
+
 def draw_returns(study: Study, resamples: int) -> Figure:
     """5: learning curves over steps and CPU time (if not only dense's is known)."""
     patterns = {}
@@ -840,21 +849,18 @@ def draw_returns(study: Study, resamples: int) -> Figure:
     size = len(rows), columns, 1.4 + 2 * len(rows) + 0.08 * len(study.configurations)
     figure, axes = new_figure(f"Return of the noise-free policy: {study.name}", *size, sharex="col", sharey=True)
     for panels, row in zip(axes, rows, strict=True):
+        own = row[len(dense) :] or row
+        shaded = row[0], own[0]  # more bands would hide each other
         for c in row:
-            band(panels[0], c, [run.curve("eval/episodic_return") for run in c.runs], resamples)
-            if columns == 2 and study.timed[c]:
-                grid, timed = np.linspace(0, min(run.minutes for run in study.timed[c]), 100), []
-                for run in study.timed[c]:
-                    curve = run.curve("eval/episodic_return")
-                    clock = run.metrics["charts/cpu_time_s"].loc[curve.index] / 60
-                    timed.append(pd.Series(np.interp(grid, clock, curve), grid))
-                band(panels[1], c, timed, resamples, scale=1)
-        kind = "IQM, 95 % band" if max(len(c.runs) for c in row) > 3 else "mean"
+            band(panels[0], c, [run.curve("eval/episodic_return") for run in c.runs], resamples, shaded=c in shaded)
+            if columns == 2:
+                draw_minutes(panels[1], study, c, resamples, c in shaded)
+        kind = "IQM" + ", 95 % band" * (max(len(c.runs) for c in shaded) > 3)
         panels[0].set_ylabel(f"evaluation return\n({kind}; faint: seeds)")
-        panels[0].set_title(row[-1].first.pattern.split()[-1], loc="left")
+        panels[0].set_title("; ".join(c.label for c in own), loc="left")
     elsewhere = "; other seeds ran elsewhere" * any(len(runs) < len(c.runs) for c, runs in study.timed.items())
-    minutes = "core minutes of training (CPU time, no evaluations), to the first seed's end, on "
-    for ax, label in zip(axes[-1], (STEPS, textwrap.fill(minutes + study.machine + elsewhere, 52)), strict=False):
+    minutes = "core minutes of training (CPU time, no evaluations; at each step the median of the seeds) on "
+    for ax, label in zip(axes[-1], (STEPS, textwrap.fill(minutes + study.machine + elsewhere, 48)), strict=False):
         ax.set_xlabel(label)
     return add_legend(figure)
 

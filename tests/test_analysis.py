@@ -29,8 +29,9 @@ ARGS = {
 }
 
 
-def make_run(folder, *, seed=1, n=1, m=4, score=100.0, args=None, nets=("actor", "qf1", "qf2"), **changes):
-    """A finished run's folder as the training scripts leave it: evaluations at `score`, masks that drift."""
+def make_run(folder, *, seed=1, n=1, m=4, score=100.0, args=None, nets=("actor", "qf1", "qf2"), pace=200, **changes):
+    """A finished run's folder as the training scripts leave it: evaluations at `score`, masks that drift; `pace` in
+    steps per second."""
     script = "rnm_td3_continuous" if n else "dense_td3_continuous"
     args = ARGS | {"exp_name": script, "seed": seed, "threads": 1} | (args or {})
     if n:
@@ -41,7 +42,7 @@ def make_run(folder, *, seed=1, n=1, m=4, score=100.0, args=None, nets=("actor",
         step: {
             "eval/episodic_return": score * step / total,
             "charts/wall_time_s": step / 100,
-            "charts/cpu_time_s": step / 200,
+            "charts/cpu_time_s": step / pace,
         }
         for step in range(0, total + 1, 3000)
     }

@@ -15,9 +15,9 @@ import sad_analysis as sa
 
 
 def test_what_is_drawn_by_hand(tmp_path):
-    """Of four seeds the IQM is the mean of the middle two; a band holds it; minutes end with the first seed's."""
+    """Of four seeds the IQM is the mean of the middle two; a band holds it; minutes are the seeds' median."""
     for seed, score in enumerate((100.0, 200.0, 400.0, 1000.0), 1):
-        make_run(tmp_path / str(seed), seed=seed, score=score)
+        make_run(tmp_path / str(seed), seed=seed, score=score, pace=(200, 100, 200, 50)[seed - 1])
         make_run(tmp_path / f"d{seed}", seed=seed, n=None, hardware="a CPU" if seed > 1 else "CPU 1")
         make_run(tmp_path / f"x{seed}", seed=seed, n=3, m=8)
     (study,), _, _ = load(tmp_path)
@@ -34,6 +34,8 @@ def test_what_is_drawn_by_hand(tmp_path):
     assert band[:, 1].max() <= 1000 and band[band[:, 0] == 30, 1].min() < 300 < band[band[:, 0] == 30, 1].max()
     assert [line.get_label() for line in named[1]] == ["dense (3 seeds)", "1:4 (4 seeds)"]  # one ran elsewhere
     assert len(steps.collections) == 2 and len(minutes.collections) == 1  # three seeds have no band
+    x, y = named[1][1].get_data()
+    assert x[-1] == pytest.approx(30_000 / 60 * (1 / 200 + 1 / 100) / 2) and y[-1] == pytest.approx(300)
     label = figure.axes[-1].get_xlabel().replace("\n", " ")
     assert label.endswith("a CPU, 1 thread; other seeds ran elsewhere") and steps.get_title(loc="left") == "1:4"
     colors = {c.first.pattern: c.look["color"] for c in study.configurations}
@@ -106,10 +108,10 @@ def test_what_is_not_drawn_is_named(monkeypatch, capsys, tmp_path):
 
 @pytest.mark.parametrize("folder", sorted({path.parents[1] for path in ROOT.glob("results/*/*/meta.json")}))
 def test_committed_tables_are_what_the_committed_runs_give(monkeypatch, capsys, tmp_path, folder):
-    drawn = {path.stem.partition("steps_")[2] for path in folder.glob("*.png")}
+    drawn = {path.stem.partition("steps_")[2] for path in folder.glob("*steps_*.png")}
     assert drawn <= set(sa.FIGURES)
     monkeypatch.setattr(sa, "draw", lambda *_: [])
-    beside = sorted(ROOT.glob("results/paper/HalfCheetah-v5__dense_*")) if folder.name == "rlx2" else []
+    beside = sorted(ROOT.glob("results/paper/HalfCheetah-v5__dense*__s[123]__*")) if folder.name == "rlx2" else []
     code, _, err = run(monkeypatch, capsys, folder, *beside, "--no-track", "--out", tmp_path)
     assert code == 0 and not err
     assert (tmp_path / "summary.md").read_text() == (folder / "summary.md").read_text()
