@@ -17,6 +17,7 @@ seeds of one configuration if pattern, all other arguments, script, exp_name and
 with the original. Exit codes: 0 done, 2 bad input or disk, 130 Ctrl-C.
 """
 
+import functools
 import glob
 import itertools
 import json
@@ -123,6 +124,7 @@ MST = {"mask_update_interval": 1000, "drop_fraction": 0.3, "mask_end": 0.8}
 # What a pattern names: of RLx2, which has --topology, and of MST, which has --critic-regime.
 IN_PATTERN = {"topology": "topology nstep dynamic_buffer actor_sparsity critic_sparsity".split()}
 IN_PATTERN["critic_regime"] = [f"{net}_{key}" for net in ("actor", "critic") for key in ("regime", "sparsity", "nm")]
+METHODS = {"rigl": "RigL", "set": "SET"}
 WORDS = {"mask_update_interval": "K = {}", "sparse_head": "sparse head", "hidden_dim": "width {}"}
 
 
@@ -141,6 +143,7 @@ class Run:
     width: int
     fork: str  # what is not the project's own: script, exp_name, groups; such as "my_fork.py"
     code: str  # "code 3fa9c1"
+    active: int  # parameters
     flops: float  # per update
     minutes: float  # CPU time of training; NaN on a GPU, whose work is not in it
     machine: str
@@ -159,16 +162,24 @@ class Run:
 
 def find_folders(patterns: tuple[str, ...]) -> list[Path]:
     """Folders that hold a meta.json, at or below what the patterns match; sorted, each once."""
-    found, seen = set(), set()
+
+    def tell(error: OSError) -> None:
+        print(f"note: {error.filename} is not read: {error.strerror}", file=sys.stderr)
+
+    found = set()
     for pattern in patterns:
-        paths = [pattern] if Path(pattern).exists() else glob.glob(pattern)
+        here, seen, paths = set(), set(), [pattern] if Path(pattern).exists() else glob.glob(pattern)
         if not paths:
             raise UserError(f"there is no {pattern}: name run folders, folders that hold runs, or globs of them")
-        for path, folders, files in itertools.chain(*(os.walk(path, followlinks=True) for path in paths)):
+        walks = (os.walk(path, onerror=tell, followlinks=True) for path in paths)
+        for path, folders, files in itertools.chain(*walks):
             real = Path(path).resolve()
             folders[:] = () if real in seen else folders  # links may go in circles
             seen.add(real)
-            found |= {real} if "meta.json" in files else set()
+            here |= {real} if "meta.json" in files else set()
+        if not here:
+            print(f"note: no run in {pattern}: it has no meta.json", file=sys.stderr)
+        found |= here
     return sorted(found)
 
 
@@ -179,11 +190,11 @@ def find_pattern(meta: dict) -> str:
         return f"{meta['n']}:{meta['m']}"
     if "critic_regime" in args and meta["pattern"] != "dense":
         parts = [re.fullmatch("([a-z]+)(.*)", part) for part in meta["pattern"].replace("of", ":").split("-")]
-        kinds = "/".join({"rigl": "RigL", "set": "SET"}.get(part[1], part[1]) for part in parts)
+        kinds = "/".join(METHODS.get(part[1], part[1]) for part in parts)
         return f"{'MST' if kinds == 'static/RigL' else kinds} {'/'.join(part[2] or '0' for part in parts)}"
     if "topology" not in args or meta.get("pattern") == "dense":
         return meta.get("pattern", "dense")
-    words = [{"rigl": "RigL", "set": "SET"}.get(args["topology"], args["topology"])]
+    words = [METHODS.get(args["topology"], args["topology"])]
     words += [f"n = {args['nstep']}"] * (args["nstep"] > 1) + ["dynamic buffer"] * args["dynamic_buffer"]
     name = "RLx2" if words == ["RigL", "n = 3", "dynamic buffer"] else " + ".join(words)
     return f"{name} {100 * args['actor_sparsity']:g}/{100 * args['critic_sparsity']:g}"
@@ -200,8 +211,7 @@ def machine(meta: dict) -> str:
 
 def conditions(meta: dict) -> str:
     """What the numbers may depend on besides the setting."""
-    parts = [f"commit {meta.get('commit')}{' and changes' * bool(meta.get('dirty'))}"]
-    parts += [f"code {meta['code']}"] if "code" in meta else []
+    parts = [f"commit {meta.get('commit')}{' and changes' * bool(meta.get('dirty'))}", f"code {meta['code']}"]
     parts += [f"{name} {meta['versions'].get(name)}" for name in ("torch", "gymnasium", "mujoco", "numpy")]
     return ", ".join([*parts, f"kernel {meta['kernel']}, on {machine(meta)}"])
 
@@ -214,6 +224,7 @@ def load_run(folder: Path) -> Run:
     frame = pd.read_csv(folder / "metrics.csv").astype(float)
     metrics = frame.groupby(frame.pop("global_step").astype(int)).last()  # W&B has rows twice after a resume
     script, args = meta["script"], {key: str(x) if isinstance(x, list | dict) else x for key, x in meta["args"].items()}
+    args |= {"seed": int(args["seed"]), "env_id": str(args["env_id"])}
     if (end := metrics.index[-1]) != (total := args["total_timesteps"]):
         cause = f"rows are lost, or a fork stopped early (then write {end} into its meta.json)"
         raise UserError(f"metrics.csv ends at step {end} of total_timesteps = {total}: {cause}")
@@ -231,13 +242,12 @@ def load_run(folder: Path) -> Run:
     setting = (*((name, args.get(name)) for name in SETTING), ("mujoco", physics))
     fork = [script] * (script not in SCRIPTS) + [args["exp_name"]] * (args["exp_name"] != Path(script).stem)
     fork += [f"masks not {pattern} along rows"] * (not rowwise)
-    # Commit b4ac3f7 is the last one whose runs have no hash of the code and no CPU time.
-    code = through(meta, lambda part: f"code {part['code'][:6]}" if "code" in part else "commit b4ac3f7")
-    timed = "charts/cpu_time_s" in metrics and args.get("device") != "cuda"
-    minutes = metrics["charts/cpu_time_s"].iloc[-1] / 60 if timed else math.nan
+    code = through(meta, lambda part: f"code {part['code'][:6]}")
+    minutes = math.nan if args.get("device") == "cuda" else metrics["charts/cpu_time_s"].iloc[-1] / 60
     ends = through(meta, machine), through(meta, lambda part: part["kernel"]), pd.Timestamp(meta["start"]).timestamp()
     ends += (float(pd.to_numeric(args.get("mask_update_interval", math.nan), errors="coerce")),)
-    kind = pattern, args.get("hidden_dim", DEFAULTS["hidden_dim"]), ", ".join(fork), code, flops_per_update(meta)
+    kind = pattern, args.get("hidden_dim", DEFAULTS["hidden_dim"]), ", ".join(fork), code
+    kind += meta["params_active"], flops_per_update(meta)
     return Run(meta["run_name"], folder, meta, args, metrics, masks, curves, rowwise, setting, *kind, minutes, *ends)
 
 
@@ -424,14 +434,12 @@ def score_within(run: Run, minutes: float) -> float:
 def flops_per_update(meta: dict) -> float:
     """A product takes 2 * batch * active weights FLOPs. An update has one for the target actor and each target critic,
     3 for each critic (2 in its first layer, whose inputs need no gradient), and every policy_frequency-th time 3 for
-    the actor and 2 for the first critic."""
-    if "flops_per_update" in meta:  # until commit b4ac3f7 the scripts counted
-        return meta["flops_per_update"]["sparse"]
+    the actor (2 in its first layer) and 2 for the first critic."""
     nets = meta["modules"].items()
     active = {net: [part["active"] for part in parts if len(part.get("weight", ())) == 2] for net, parts in nets}
-    actor, critics = sum(active.pop("actor")), [*active.values()]
-    products = actor + sum(4 * sum(layers) - layers[0] for layers in critics)
-    products += (3 * actor + 2 * sum(critics[0])) / meta["args"]["policy_frequency"]
+    actor, critics = active.pop("actor"), [*active.values()]
+    products = sum(actor) + sum(4 * sum(layers) - layers[0] for layers in critics)
+    products += (3 * sum(actor) - actor[0] + 2 * sum(critics[0])) / meta["args"]["policy_frequency"]
     return 2 * meta["args"]["batch_size"] * products
 
 
@@ -540,9 +548,11 @@ def method_words(run: Run) -> dict[str, str]:
     found = [key for key, names in IN_PATTERN.items() if not run.meta["n"] and {*names} <= run.args.keys()]
     method = found[0] if found else None  # a fork may have some of these names, too
     words, defaults = {}, DEFAULTS | {"topology": RLX2, "critic_regime": MST}.get(method, {})
-    named = {"n", "m", *SETTING, *NEUTRAL, *IN_PATTERN.get(method, ())}
-    if method and run.pattern == "dense":
-        named |= {*MST}  # of masks, which it has not
+    named = {"n", "m", *SETTING, *NEUTRAL}
+    if run.pattern != "dense":
+        named |= {*IN_PATTERN.get(method, ())}
+    elif method and not run.fork:
+        named |= {*IN_PATTERN[method], *MST}  # of masks, which it has not
     for name in dict.fromkeys([*WORDS, *run.args]):
         value = run.args.get(name)
         if name not in named and value not in (None, defaults.get(name)):
@@ -555,7 +565,7 @@ def method_words(run: Run) -> dict[str, str]:
 
 def count_active(meta: dict, biases: bool) -> int:
     """Active parameters of the online networks, or active weights alone."""
-    if biases or "modules" not in meta:
+    if biases:
         return meta["params_active"]
     return sum(part.get("active", 0) for parts in meta["modules"].values() for part in parts)
 
@@ -571,8 +581,9 @@ def dense_twins(runs: list[Run]) -> dict[int, str]:
             size = count_active(run.meta, biases)
             gaps = [(abs(count_active(other.meta, biases) / size - 1), other.width) for other in narrow]
             gap, width = min(gaps, default=(1, 0))
-            if gap <= 0.03:
-                twins.setdefault(width, f"as many weights as {run.pattern.split()[-1]}")
+            name = f"as many weights as {run.pattern.split()[-1]}"
+            if gap <= 0.03 and name not in twins.values():
+                twins.setdefault(width, name)
     return twins
 
 
@@ -725,10 +736,10 @@ def draw_curves(study: Study, title: str, labels: dict, parts: list, resamples: 
 
 SADS = {"sad/{}": "SAD to the previous\nmask (of active)", "sad_initial/{}": "SAD to the first\nmask (of active)"}
 AGES = {
-    "ever/{}": "ever active, at least\n(share of all weights)",
+    "ever/{}": "ever active in a kept\nmask (share of all)",
     "age_at_most/{}": "mean age of the active,\nat most (steps)",
 }
-AGES["age_at_least/{}"] = "mean age of the active,\nat least (steps)"
+AGES["age_at_least/{}"] = "mean age of the active,\nas kept masks tell (steps)"
 
 
 def draw_sad(study: Study, resamples: int) -> Figure:
@@ -736,16 +747,18 @@ def draw_sad(study: Study, resamples: int) -> Figure:
     return draw_curves(study, "How masks change", SADS, [study.nets], resamples)
 
 
-def draw_layers(study: Study, resamples: int) -> Figure:
+def draw_layers(study: Study, resamples: int) -> Figure | None:
     """1: the same by layer, the first sparse layer of each network in the first rows."""
     keys = dict.fromkeys(key for c in study.moving for run in c.runs for key in run.metrics)
     layers = [[key.removeprefix("sad/") for key in keys if key.startswith(f"sad/{net}/")] for net in study.nets]
-    return draw_curves(study, "How masks change, by layer", SADS, [*itertools.zip_longest(*layers)], resamples)
+    parts = [*itertools.zip_longest(*layers)]  # none, where a fork logs no SAD
+    return draw_curves(study, "How masks change, by layer", SADS, parts, resamples) if parts else None
 
 
 def draw_ages(study: Study, resamples: int) -> Figure:
-    """2: share of weights ever active, and mean age of the active ones."""
-    return draw_curves(study, "Which weights were ever active, and for how long", AGES, [study.nets], resamples)
+    """2: share of weights ever active, and mean age of the active ones, as the masks tell that are in masks.npz."""
+    title = "Which weights were ever active, and for how long (with another K other masks are kept)"
+    return draw_curves(study, title, AGES, [study.nets], resamples)
 
 
 PLASTICITY = {
@@ -760,12 +773,13 @@ PLASTICITY |= {"ever_active": "ever active\n(share)", "grown_norm": "outside the
 def draw_plasticity(study: Study, resamples: int) -> Figure | None:
     """3: what mst_td3_continuous.py logs of its networks."""
     labels = {f"plasticity/{{}}/{key}": label for key, label in PLASTICITY.items()}
-    nets = [key.split("/")[1] for key in study.configurations[0].first.metrics if key.endswith("/srank")]
+    keys = dict.fromkeys(key for c in study.configurations for key in c.first.metrics)
+    nets = [key.split("/")[1] for key in keys if key.endswith("/srank")]
     return draw_curves(study, "Plasticity", labels, [nets], resamples, study.configurations) if nets else None
 
 
 def draw_divergence(study: Study, _resamples: int) -> Figure:
-    """2: SAD_{i:j} between all snapshots, mean over the seeds that have the same snapshots."""
+    """2: SAD_{i:j} between all snapshots that the seeds share, mean over these."""
     size = len(study.moving), len(study.nets), 1.6 + min(1.75 * len(study.moving), 7.4)
     figure, axes = new_figure(f"SAD between the masks at two times: {study.name}", *size)
     for row, c in zip(axes, study.moving, strict=True):
@@ -773,8 +787,8 @@ def draw_divergence(study: Study, _resamples: int) -> Figure:
             every = [run.masks[net] for run in c.runs if net in run.masks]
             ax.set_visible(bool(every))
             if every:
-                group = [E for E in every if E.index.equals(every[0].index)]
-                steps = every[0].index * 1e-3
+                common = functools.reduce(pd.Index.intersection, [E.index for E in every])
+                group, steps = [E.loc[common, common] for E in every], common * 1e-3
                 edges = [steps[0], *(steps[1:] + steps[:-1]) / 2, steps[-1]]  # a cell around each snapshot
                 image = ax.pcolormesh(edges, edges, np.mean(group, axis=0), vmin=0, vmax=1, rasterized=True)
                 ax.set(title=f"{net} ({count(len(group), 'seed')})", aspect="equal")
@@ -797,7 +811,7 @@ def draw_sad_return(study: Study, resamples: int) -> Figure:
         ax.scatter(*study.pairs(c).T, color=c.look["color"], marker=c.marker, s=22, alpha=0.8, label=label)
     what = f"SAD from the mask at least {study.window:,.0f} steps before the last refresh to the final one"
     ax.set(xlabel=f"settled {what} (of active)", ylabel="final score")
-    ax.set_title("\n".join(textwrap.fill(text, 100) for text in texts), fontsize=8, loc="left")
+    ax.set_title("\n".join(textwrap.fill(text, 110) for text in texts), fontsize=8, loc="left")
     return add_legend(figure)
 
 
@@ -820,11 +834,13 @@ def draw_interval(study: Study, resamples: int) -> Figure | None:
         moved = {K: np.array([settled_sad(run, math.inf) for run in c.runs]) for K, c in found.items()}
         for ax, values in zip(axes, (scores, moved), strict=True):
             for K, value in values.items():
-                ax.plot([order.index(K)] * 2, interval([value], iqm, resamples), color=look["color"])
+                if len(value) > 3:  # of fewer it is their range
+                    ax.plot([order.index(K)] * 2, interval([value], iqm, resamples), color=look["color"])
                 ax.plot(order.index(K), iqm(value), **look)
             line = [K for K in values if K < math.inf]  # static masks are no longer K
             ax.plot([order.index(K) for K in line], [iqm(values[K]) for K in line], label=name, **look)
-    for ax, y in zip(axes, ("final score (IQM, 95 % interval)", "SAD of the last to the first mask"), strict=True):
+    labels = "final score (IQM; of over three\nseeds with a 95 % interval)", "SAD of the last to the first mask"
+    for ax, y in zip(axes, labels, strict=True):
         ax.set(xlabel="K, updates between refreshes", ylabel=y)
         ax.set_xticks(range(len(order)), [f"{K:,.0f}" if K < math.inf else "static" for K in order])
     return add_legend(figure)
@@ -858,7 +874,7 @@ def draw_returns(study: Study, resamples: int) -> Figure:
         kind = "IQM" + ", 95 % band" * (max(len(c.runs) for c in shaded) > 3)
         panels[0].set_ylabel(f"evaluation return\n({kind}; faint: seeds)")
         panels[0].set_title("; ".join(c.label for c in own), loc="left")
-    elsewhere = "; other seeds ran elsewhere" * any(len(runs) < len(c.runs) for c, runs in study.timed.items())
+    elsewhere = "; what is missing ran elsewhere" * any(len(runs) < len(c.runs) for c, runs in study.timed.items())
     minutes = "core minutes of training (CPU time, no evaluations; at each step the median of the seeds) on "
     for ax, label in zip(axes[-1], (STEPS, textwrap.fill(minutes + study.machine + elsewhere, 48)), strict=False):
         ax.set_xlabel(label)
@@ -896,8 +912,9 @@ the IQMs of all seeds (dense's are named if they are others), where every dense 
 difference of the scores of equal seeds (in pairs). P better: probability that a run scores more than a dense one (at 0
 and 1 its interval says nothing). Skipped runs, those that diverged among them, are in no mean. Core minutes: CPU time
 of training, median of the seeds that ran on the kind of CPU (with as many threads) on which most of dense's did, if
-they are more than half; "Ran on" tells where the others ran. Settled SAD: mean over seeds. Settled step: from there on
-the mask is within 10 % of the final one, at the latest (median; inf: only the final mask is).
+they are more than half, the fastest and the slowest; "Ran on" tells where the others ran. Settled SAD: mean over
+seeds. Settled step: from there on the mask is within 10 % of the final one, at the latest (median; inf: only the final
+mask is).
 """
 TIMES = """Steps and core minutes until an evaluation first returned 50, 75, 90 % of dense's score: medians (of an
 even number the higher one); inf: half of the seeds or more never did. One evaluation is enough, also in a run that
@@ -973,9 +990,10 @@ def configuration_row(study: Study, c: Configuration, resamples: int) -> dict:
     default = study.plain(c.first.pattern, c.first.width)  # such as 1:8, for 1:8 with another K
     if default and default is not c and c.first.pattern != "dense":
         row |= {"default": default.label} | paired_difference("default_gain", c, default, resamples)
-    row |= {"active_parameters": meta["params_active"], "mflop_per_update": c.first.flops / 1e6}
+    row |= {"active_parameters": c.first.active, "mflop_per_update": c.first.flops / 1e6}
     timed = study.timed[c]
-    row["core_minutes"] = statistics.median(run.minutes for run in timed) if timed else math.nan
+    minutes = [run.minutes for run in timed] or [math.nan]
+    row |= {"core_minutes": statistics.median(minutes), "fastest_seed": min(minutes), "slowest_seed": max(minutes)}
     row["kernel"] = ", ".join(sorted({run.kernel for run in c.runs}))
     row["settled_sad"] = pd.Series(study.pairs(c)[:, 0]).mean()
     for net in study.nets:
@@ -1004,7 +1022,8 @@ def pooled_rows(studies: list[Study], resamples: int) -> list[dict]:
         for c in study.configurations:
             dense = study.dense(c)
             if dense and dense is not c and (dense.scores > 0).all():
-                pool = pools.setdefault((rest, c.label, c.first.code, dense.first.code), {})
+                label = c.label.removesuffix(f", {c.first.code}")  # which it has where a script ran with several
+                pool = pools.setdefault((rest, label, c.first.code, dense.first.code), {})
                 pool[env_id] = c.scores, dense.scores
     for (rest, label, *_), found in pools.items():
         if len(found) > 1:

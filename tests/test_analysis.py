@@ -279,6 +279,12 @@ def edit(folder, **changes):
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
+def drop(folder, key):
+    meta = json.loads((folder / "meta.json").read_text())
+    del meta[key]
+    (folder / "meta.json").write_text(json.dumps(meta))
+
+
 def swap(path, old, new):
     text = path.read_text()
     assert old in text
@@ -299,6 +305,8 @@ DAMAGE = {
     "masks that end early": ("damaged: the last sad_initial/actor", lambda d: fewer(d)),
     "no start": (OTHER, lambda d: edit(d, start=None)),
     "no arguments": (OTHER, lambda d: edit(d, args={})),
+    "no seed": (OTHER, lambda d: edit(d, args={key: value for key, value in ARGS.items()})),
+    "no count": (OTHER, lambda d: drop(d, "params_active")),
     "garbage": (OTHER, lambda d: swap(d / "metrics.csv", ",0.", ",zero.")),
     "other masks": ("damaged: the last sad_initial/actor", lambda d: shutil.copy(d.parent / "good/masks.npz", d)),
 }
@@ -312,6 +320,20 @@ def test_runs_that_cant_be_used_are_named(tmp_path, damage):
     runs, skipped = sa.load_all(sa.find_folders((str(tmp_path / "runs"),)))
     assert [run.name for run in runs] == ["good"]
     assert [name for name, _ in skipped] == ["bad"] and reason in skipped[0][1]
+
+
+def test_names_without_a_run_are_told(monkeypatch, capsys, tmp_path):
+    """Beside good ones, that count."""
+    monkeypatch.setattr(sa, "draw", lambda *_: [])
+    make_run(tmp_path / "good")
+    (make_run(tmp_path / "headless", seed=2) / "meta.json").unlink()
+    (tmp_path / "file").touch()
+    names = [tmp_path / name for name in ("good", "headless", "file")]
+    code, out, err = run(monkeypatch, capsys, *names, "--no-track", "--out", tmp_path / "a")
+    assert code == 0 and "1 run, 0 skipped" in out
+    notes = [f"note: no run in {tmp_path}/{name}: it has no meta.json" for name in ("headless", "file")]
+    notes.insert(1, f"note: {tmp_path}/file is not read: Not a directory")
+    assert [line for line in err.splitlines() if "not drawn" not in line] == notes
 
 
 def test_doubled_rows_are_merged(tmp_path):
@@ -449,7 +471,7 @@ def test_offline_wandb_run(monkeypatch, capsys, tmp_path):
 def test_other_machines_are_named(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sa, "draw", lambda *_: [])
     for seed in (1, 2):
-        make_run(tmp_path / f"runs/d{seed}", seed=seed, n=None, kernel="torch")
+        make_run(tmp_path / f"runs/d{seed}", seed=seed, n=None, kernel="torch", pace=100 * seed)
         make_run(tmp_path / f"runs/s{seed}", seed=seed, hardware=f"CPU {seed}", commit="abc", dirty=True)
     code, out, _ = run(monkeypatch, capsys, tmp_path / "runs", "--no-track", "--out", tmp_path / "a")
     common = f"code {'c0de' * 4}, torch 2.13.0, gymnasium None, mujoco 3.4.0, numpy None"
@@ -457,7 +479,8 @@ def test_other_machines_are_named(monkeypatch, capsys, tmp_path):
     for seed in (1, 2):
         assert f"- commit abc and changes, {common}, kernel nm, on CPU {seed}, 1 thread: 1:4\n" in out
     table = pd.read_csv(tmp_path / "a/summary.csv").set_index("configuration")
-    assert table.core_minutes["dense"] == 2.5 and np.isnan(table.core_minutes["1:4"])
+    assert np.isnan(table.core_minutes["1:4"])
+    assert table.loc["dense", ["core_minutes", "fastest_seed", "slowest_seed"]].tolist() == [3.75, 2.5, 5]
 
 
 def test_a_resume_elsewhere_counts(monkeypatch, capsys, tmp_path):

@@ -37,7 +37,7 @@ def test_what_is_drawn_by_hand(tmp_path):
     x, y = named[1][1].get_data()
     assert x[-1] == pytest.approx(30_000 / 60 * (1 / 200 + 1 / 100) / 2) and y[-1] == pytest.approx(300)
     label = figure.axes[-1].get_xlabel().replace("\n", " ")
-    assert label.endswith("a CPU, 1 thread; other seeds ran elsewhere") and steps.get_title(loc="left") == "1:4"
+    assert label.endswith("a CPU, 1 thread; what is missing ran elsewhere") and steps.get_title(loc="left") == "1:4"
     colors = {c.first.pattern: c.look["color"] for c in study.configurations}
     assert len(set(colors.values())) == 3 and colors["1:4"] == sa.COLORS["1:4"].lower()
     for c in study.configurations[1:]:
@@ -69,7 +69,7 @@ def test_time_to_a_return_by_hand(monkeypatch, capsys, tmp_path):
         make_run(tmp_path / f"most{seed}", seed=seed, m=16, score=score, hardware="a CPU" if seed < 3 else "CPU 2")
     (study,), _, _ = load(tmp_path)
     minutes = sa.draw_returns(study, 200).axes[1::2]
-    assert minutes[-1].get_xlabel().replace("\n", " ").endswith("on a CPU, 1 thread; other seeds ran elsewhere")
+    assert minutes[-1].get_xlabel().replace("\n", " ").endswith("on a CPU, 1 thread; what is missing ran elsewhere")
     drawn = {line.get_label().partition(" (")[0] for ax in minutes for line in ax.lines}
     assert {name for name in drawn if name[0] != "_"} == {"dense", "1:8", "1:16"}
     assert {c.label: len(runs) for c, runs in study.timed.items()} == {"dense": 1, "1:8": 3, "1:4": 0, "1:16": 2}

@@ -1,16 +1,14 @@
-"""sad_analysis.py: forks, several codes of a script, runs of commit b4ac3f7: never mixed, and named."""
+"""sad_analysis.py: forks, several codes of a script: never mixed, and named."""
 
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import ROOT
-from test_analysis import edit, load, make_run, run
+from test_analysis import load, make_run, run
 
 import sad_analysis as sa
-
-OLD = ROOT / "tests/data/b4ac3f7"
 
 
 def labels(study):
@@ -21,33 +19,17 @@ def linear(outputs, inputs, active=None):
     return {"name": "fc", "type": "Linear", "weight": [outputs, inputs], "active": active or outputs * inputs}
 
 
-def test_old_runs_are_read():
-    """Made before metrics.csv had cpu_time_s and meta.json had code and modules, with a refresh at the last step."""
-    (study,), replaced, skipped = load(OLD)
-    assert [c.label for c in study.configurations] == ["dense", "1:8"] and not replaced and not skipped
-    dense, sparse = (c.first for c in study.configurations)
-    assert study.dense(study.configurations[1]) is study.configurations[0]
-    assert sparse.masks["actor"].index[-1] == sparse.args["total_timesteps"] == 60_000
-    assert sparse.code == dense.code == "commit b4ac3f7" and sparse.fork == ""
-    assert sa.settled_sad(sparse, 10_000) == pytest.approx(0.119605655, abs=1e-8)  # as commit b4ac3f7 counted
-
-
-def test_flops_are_those_that_old_runs_counted():
-    (study,), _, _ = load(OLD)
-    for c, (hidden, critic, actor) in zip(study.configurations, ((256, 23, 17), (32, 3, 3)), strict=True):
-        norm = {"name": "norm", "type": "LayerNorm", "weight": [256], "active": 256}  # no product
-        nets = {
-            "actor": [linear(256, 17, 256 * actor), {"name": "relu1", "type": "ReLU"}, linear(256, 256, 256 * hidden)]
-        }
-        nets["actor"].append(linear(6, 256))
-        for name in ("qf1", "qf2"):
-            nets[name] = [linear(256, 23, 256 * critic), norm, linear(256, 256, 256 * hidden), linear(1, 256)]
-        meta = c.first.meta
-        counted = sa.flops_per_update({key: meta[key] for key in meta if key != "flops_per_update"} | {"modules": nets})
-        assert counted == meta["flops_per_update"]["sparse"] == sa.flops_per_update(meta)
-        more = sa.flops_per_update({"args": meta["args"], "modules": nets | {"qf3": nets["qf1"]}})
-        weights = [256 * critic, 256 * hidden, 256]
-        assert more - counted == 2 * 256 * (4 * sum(weights) - weights[0])
+def test_flops_by_hand():
+    """Batch 2, policy_frequency 4; actor 3 -> 5 -> 1, critics 4 -> 5 -> 1, 8 weights active in their first layers."""
+    norm = {"name": "norm", "type": "LayerNorm", "weight": [5], "active": 5}  # no product
+    nets = {"actor": [linear(5, 3), {"name": "relu1", "type": "ReLU"}, linear(1, 5)]}
+    nets |= {name: [linear(5, 4, 8), norm, linear(1, 5)] for name in ("qf1", "qf2")}
+    meta = {"args": {"batch_size": 2, "policy_frequency": 4}, "modules": nets}
+    targets, critics = 20 + 2 * 13, 2 * (2 * 8 + 3 * 5)
+    actor = (2 * 15 + 3 * 5 + 2 * 13) / 4
+    assert sa.flops_per_update(meta) == 2 * 2 * (targets + critics + actor)
+    more = sa.flops_per_update(meta | {"modules": nets | {"qf3": nets["qf1"]}})
+    assert more - sa.flops_per_update(meta) == 2 * 2 * (13 + 2 * 8 + 3 * 5)
 
 
 def test_forks_are_configurations_of_their_own(tmp_path):
@@ -86,11 +68,15 @@ def test_no_argument_of_a_fork_is_lost(tmp_path):
     for kind, K in (("ring", 2000), ("mlp", "auto")):  # a name of RLx2's for something else; K is a word
         args = {"exp_name": "graph", "topology": kind, "mask_update_interval": K}
         make_run(tmp_path / kind, n=None, script="graph.py", code="9" * 16, pattern="dense", args=args)
+    for nstep in (1, 3):  # a rival's copy that has become dense
+        args = dict.fromkeys(sa.IN_PATTERN["topology"], 2) | {"exp_name": "control", "nstep": nstep}
+        make_run(tmp_path / f"control{nstep}", n=None, script="control.py", code="7" * 16, pattern="dense", args=args)
     for kind in ("rigl", "set"):  # a rival's copy that has become N:M
         args = dict.fromkeys(sa.IN_PATTERN["topology"], 1) | {"exp_name": "nm", "topology": kind}
         make_run(tmp_path / kind, m=8, script="nm.py", code="8" * 16, args=args)
     (study,), replaced, _ = load(tmp_path)
     ones = ", ".join(f"{name} 1" for name in sa.IN_PATTERN["topology"][1:])
+    twos = "dense, topology 2, nstep {}, dynamic_buffer 2, actor_sparsity 2, critic_sparsity 2, control.py".format
     assert not replaced and labels(study) == {
         "dense, K = 2,000, topology ring, graph.py": ["ring"],
         "dense, K = auto, topology mlp, graph.py": ["mlp"],
@@ -98,6 +84,8 @@ def test_no_argument_of_a_fork_is_lost(tmp_path):
         f"1:8, topology set, {ones}, nm.py": ["set"],
         "dense, drop_fraction 0.1, actor_sparsity 0.9, prune.py": ["prune0.1"],
         "dense, drop_fraction 0.5, actor_sparsity 0.9, prune.py": ["prune0.5"],
+        twos(1): ["control1"],
+        twos(3): ["control3"],
         "dense, nstep 1, dense_nstep.py": ["dense1"],
         "dense, nstep 3, dense_nstep.py": ["dense3"],
         "1:8, nstep 1, rnm_nstep.py": ["rnm1"],
@@ -156,17 +144,6 @@ def test_several_codes_are_all_marked(monkeypatch, capsys, tmp_path):
     assert table.seeds.to_dict() == {"dense": 2, "1:4": 2, "1:4, K = 100": 1}
 
 
-def test_runs_without_a_hash_are_marked_beside_others(tmp_path):
-    shutil.copytree(OLD, tmp_path, dirs_exist_ok=True)
-    shutil.copytree(max(OLD.iterdir()), tmp_path / "new")
-    edit(tmp_path / "new", run_name="new", code="3fa9c1" + "0" * 10)
-    (study,), replaced, _ = load(tmp_path)
-    assert [*labels(study)] == ["dense", "1:8, code 3fa9c1", "1:8, commit b4ac3f7"] and not replaced
-    edit(tmp_path / "new", script="my_fork.py")
-    (study,), _, _ = load(tmp_path)
-    assert [*labels(study)] == ["dense", "1:8", "1:8, my_fork.py, rnm_td3_continuous"]
-
-
 def test_codes_are_not_pooled_over_environments(tmp_path):
     for env_id, code in (("Ant-v4", "a"), ("Hopper-v4", "a"), ("Walker2d-v4", "b")):
         make_run(tmp_path / f"{env_id}_d", n=None, args={"env_id": env_id})
@@ -174,6 +151,9 @@ def test_codes_are_not_pooled_over_environments(tmp_path):
     studies, _, _ = load(tmp_path)
     (row,) = sa.pooled_rows(studies, 100)
     assert row["setting"] == "Ant-v4 + Hopper-v4, 30,000 steps: relative to dense" and row["seeds"] == "1 + 1"
+    make_run(tmp_path / "again", code="b" * 16, args={"env_id": "Ant-v4"}, seed=2)  # Ant's labels now have the code
+    pairs = [(row["setting"][:20], row["seeds"]) for row in sa.pooled_rows(load(tmp_path)[0], 100)]
+    assert pairs == [("Ant-v4 + Hopper-v4, ", "1 + 1"), ("Ant-v4 + Walker2d-v4", "1 + 1")]
 
 
 def test_a_dense_network_with_as_many_weights(tmp_path):
@@ -196,6 +176,17 @@ def test_a_dense_network_with_as_many_weights(tmp_path):
     shutil.rmtree(tmp_path / "s")
     (study,), _, _ = load(tmp_path)  # static masks have as many
     assert "dense, as many weights as 1:8" in labels(study)
+
+
+def test_no_two_widths_have_one_name():
+    """Two methods of one sparsity keep a little more and a little less."""
+
+    def network(pattern, width, active):
+        meta = {"n": None, "modules": {"actor": [{"active": active}]}}
+        return SimpleNamespace(fork="", args={}, pattern=pattern, width=width, meta=meta)
+
+    sizes = ("RigL 90/85", 256, 30_900), ("SET 90/85", 256, 31_300), ("dense", 89, 30_900), ("dense", 90, 31_300)
+    assert sa.dense_twins([network(*size) for size in sizes]) == {89: "as many weights as 90/85"}
 
 
 def test_references_of_other_widths(tmp_path):

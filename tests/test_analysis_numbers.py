@@ -165,6 +165,11 @@ def test_figures_show_the_seeds_means_and_intervals(tmp_path):
     panels = sa.draw_divergence(study, 0).axes
     wanted = np.mean([run.masks["actor"] for run in c.runs], axis=0)
     assert np.allclose(panels[0].collections[0].get_array(), wanted) and panels[0].get_title() == "actor (8 seeds)"
+    one = c.runs[3].masks
+    one |= {net: E.drop(index=E.index[1], columns=E.index[1]) for net, E in one.items()}
+    fewer = sa.draw_divergence(study, 0).axes[0]  # what all seeds have
+    wanted = np.delete(np.delete(wanted, 1, axis=0), 1, axis=1)
+    assert np.allclose(fewer.collections[0].get_array(), wanted) and fewer.get_title() == "actor (8 seeds)"
     ax = sa.Figure().subplots()
     sa.band(ax, c, [run.curve("eval/episodic_return") for run in c.runs], 500)
     scores = np.array([[100.0 * seed**2 for seed in range(1, 9)]])
