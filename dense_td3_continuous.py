@@ -57,7 +57,7 @@ Rate = Annotated[float, 1e-12, 1.0]
 Noise = Annotated[float, 0.0, 1e6]
 
 
-@dataclass
+@dataclass(frozen=True)  # a schedule is no argument: docs/forking.md
 class Args:
     exp_name: str = Path(__file__).stem
     """name of the experiment, part of the run's name"""
@@ -173,7 +173,7 @@ class Agent:
         for name, net in networks.items():  # targets start as copies
             vars(self).update({name: net, self.target_of[name]: copy.deepcopy(net).requires_grad_(False)})
         critics = [net for name, net in networks.items() if not name.startswith("actor")]  # all others
-        self.q_optimizer = make_adam([param for net in critics for param in net.parameters()], **adam)
+        self.q_optimizer = make_adam(nn.ModuleList(critics).parameters(), **adam)  # shared ones once
         self.actor_optimizer = make_adam(self.actor.parameters(), **adam)
 
     @property
@@ -603,10 +603,10 @@ def metric_columns(agent: "Agent") -> list[str]:
 
 
 def model_stats(agent: "Agent") -> dict:
-    """Modules of the online networks: name, type, shape of the weight, how much of it is active; and their sizes."""
-    modules, density, active, inactive = {}, {}, 0, 0
+    """Modules of the online networks: name, type, weight's shape and active part; density of all matrices; sizes."""
+    modules, density, inactive = {}, {}, 0
     for net in agent.networks:
-        modules[net.name], kept, size = [], 0, 0
+        modules[net.name], rest = [], 0
         for name, part in net.online.named_modules():
             if not list(part.children()) or isinstance(part, nn.Linear):  # also one with a parametrization
                 modules[net.name].append({"name": name.removeprefix("net."), "type": type(part).__name__})
@@ -615,9 +615,10 @@ def model_stats(agent: "Agent") -> dict:
                     modules[net.name][-1]["weight"] = list(weight.shape)
                     if weight.dim() == 2:
                         modules[net.name][-1]["active"] = own = getattr(part, "active_weights", weight).numel()
-                        kept, size = kept + own, size + weight.numel()
-        density[net.name], inactive = kept / max(1, size), inactive + size - kept
-        active += sum(param.numel() for param in net.online.parameters())
+                        rest += weight.numel() - own
+        kept = sum(x.numel() for k, x in net.online.named_parameters() if x.dim() > 1 or k.endswith("active_weights"))
+        density[net.name], inactive = kept / max(1, kept + rest), inactive + rest
+    active = sum(x.numel() for x in nn.ModuleList(net.online for net in agent.networks).parameters())
     return {"modules": modules, "density": density, "params_total": active + inactive, "params_active": active}
 
 
@@ -673,8 +674,9 @@ class Run:
         self.handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
         self.say(f"{self.dir}: {f'resumed at step {self.last_checkpoint}' if self.args.resume else 'started'}")
         for net, modules in self.meta["modules"].items() if self.meta["pattern"] != "dense" else ():
-            shares = [(x["name"], x["active"] / math.prod(x["weight"])) for x in modules if "active" in x]
-            self.say(f"active weights of {net}: {', '.join(f'{name} {100 * share:.3g} %' for name, share in shares)}")
+            shares = {"all": self.meta["density"][net]}
+            shares |= {x["name"]: x["active"] / math.prod(x["weight"]) for x in modules if "active" in x}
+            self.say(f"active weights of {net}: {', '.join(f'{x} {100 * share:.3g} %' for x, share in shares.items())}")
         return self
 
     def stop(self, number: int, _frame) -> None:

@@ -96,7 +96,7 @@ Regime = Literal["dense", "static", "rigl", "set"]
 Sparsity = float | None
 
 
-@dataclass
+@dataclass(frozen=True)  # a schedule is no argument: docs/forking.md
 class Args:
     exp_name: str = Path(__file__).stem
     """name of the experiment, part of the run's name"""
@@ -482,7 +482,7 @@ class Agent:
         for name, net in networks.items():  # targets start as copies
             vars(self).update({name: net, self.target_of[name]: copy.deepcopy(net).requires_grad_(False)})
         critics = [net for name, net in networks.items() if not name.startswith("actor")]  # all others
-        self.q_optimizer = make_adam([param for net in critics for param in net.parameters()], **adam)
+        self.q_optimizer = make_adam(nn.ModuleList(critics).parameters(), **adam)  # shared ones once
         self.actor_optimizer = make_adam(self.actor.parameters(), **adam)
 
     @property
@@ -1107,10 +1107,10 @@ def metric_columns(agent: "Agent") -> list[str]:
 
 
 def model_stats(agent: "Agent") -> dict:
-    """Modules of the online networks: name, type, shape of the weight, how much of it is active; and their sizes."""
-    modules, density, active, inactive = {}, {}, 0, 0
+    """Modules of the online networks: name, type, weight's shape and active part; density of all matrices; sizes."""
+    modules, density, inactive = {}, {}, 0
     for net in agent.networks:
-        modules[net.name], kept, size = [], 0, 0
+        modules[net.name], rest = [], 0
         for name, part in net.online.named_modules():
             if not list(part.children()) or isinstance(part, nn.Linear):  # also one with a parametrization
                 modules[net.name].append({"name": name.removeprefix("net."), "type": type(part).__name__})
@@ -1119,9 +1119,10 @@ def model_stats(agent: "Agent") -> dict:
                     modules[net.name][-1]["weight"] = list(weight.shape)
                     if weight.dim() == 2:
                         modules[net.name][-1]["active"] = own = getattr(part, "active_weights", weight).numel()
-                        kept, size = kept + own, size + weight.numel()
-        density[net.name], inactive = kept / max(1, size), inactive + size - kept
-        active += sum(param.numel() for param in net.online.parameters())
+                        rest += weight.numel() - own
+        kept = sum(x.numel() for k, x in net.online.named_parameters() if x.dim() > 1 or k.endswith("active_weights"))
+        density[net.name], inactive = kept / max(1, kept + rest), inactive + rest
+    active = sum(x.numel() for x in nn.ModuleList(net.online for net in agent.networks).parameters())
     return {"modules": modules, "density": density, "params_total": active + inactive, "params_active": active}
 
 
@@ -1177,8 +1178,9 @@ class Run:
         self.handlers = {number: signal.signal(number, self.stop) for number in (signal.SIGINT, signal.SIGTERM)}
         self.say(f"{self.dir}: {f'resumed at step {self.last_checkpoint}' if self.args.resume else 'started'}")
         for net, modules in self.meta["modules"].items() if self.meta["pattern"] != "dense" else ():
-            shares = [(x["name"], x["active"] / math.prod(x["weight"])) for x in modules if "active" in x]
-            self.say(f"active weights of {net}: {', '.join(f'{name} {100 * share:.3g} %' for name, share in shares)}")
+            shares = {"all": self.meta["density"][net]}
+            shares |= {x["name"]: x["active"] / math.prod(x["weight"]) for x in modules if "active" in x}
+            self.say(f"active weights of {net}: {', '.join(f'{x} {100 * share:.3g} %' for x, share in shares.items())}")
         return self
 
     def stop(self, number: int, _frame) -> None:
@@ -1864,7 +1866,7 @@ def is_plain(module: nn.Module, kind: type) -> bool:
     return type(module) is kind and not hooked and "forward" not in own and "sparse_weight" not in own
 
 
-KNOWN = (  # what the kernels compute instead of SparseLinear's forward and sparse_weight: edited, these run in torch
+KNOWN = (  # what the kernels compute instead of SparseLinear's forward and sparse_weight
     lambda self, x: F.linear(x, self.sparse_weight(), self.bias),
     lambda self: self.active_weights.new_zeros(self.shape).put(self.positions, self.active_weights),
 )
@@ -1872,9 +1874,7 @@ KNOWN = (  # what the kernels compute instead of SparseLinear's forward and spar
 
 def fuse(net: nn.Module) -> None:
     """Let the kernels run what they know of a network."""
-    codes = [function.__code__ for function in (*KNOWN, SparseLinear.forward, SparseLinear.sparse_weight)]
-    forward, weight, *present = [(code.co_code, code.co_names) for code in codes]
-    fused = {nn.Sequential: FusedSequential} | ({SparseLinear: FusedLinear} if [forward, weight] == present else {})
+    fused = {nn.Sequential: FusedSequential, SparseLinear: FusedLinear}
     for module in net.modules():
         module.__class__ = fused.get(type(module), type(module))
 
@@ -1913,6 +1913,11 @@ def use_kernel(args: Args, agent: Agent, env: gym.Env) -> str:
         return "torch"
     if args.device != "cpu":
         raise UserError("--kernel nm needs --device cpu")
+    codes = [function.__code__ for function in (*KNOWN, SparseLinear.forward, SparseLinear.sparse_weight)]
+    codes = [(code.co_code, code.co_names) for code in codes]
+    if codes[:2] != codes[2:]:
+        print("warning: going on with --kernel torch: the kernels don't know the edited SparseLinear", file=sys.stderr)
+        return "torch"
     try:
         if load_kernels().nm_lanes() < 32 and density > 0.3 and args.kernel == "auto":
             return "torch"  # without AVX 2:4 is slower than dense

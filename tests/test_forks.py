@@ -145,7 +145,7 @@ def updated(module, kernel: str, n=1, m=4, updates=20) -> dict[str, torch.Tensor
     torch.manual_seed(1)
     networks = module.sparsify(module.make_networks(args, env), args)
     agent = module.Agent(networks, lr=args.learning_rate)
-    assert module.use_kernel(args, agent, env) == kernel
+    used = module.use_kernel(args, agent, env)
     rb, data = module.ReplayBuffer(500, module.transition_columns(env), "cpu"), np.random.default_rng(0)
     for _ in range(500):
         row = {name: data.normal(size=width) for name, width in module.transition_columns(env).items()}
@@ -157,16 +157,16 @@ def updated(module, kernel: str, n=1, m=4, updates=20) -> dict[str, torch.Tensor
         module.update_agent(agent, rb, args, rng, update)
     module.chain_forward = chain_forward
     nets = {name: part for name, part in vars(agent).items() if isinstance(part, torch.nn.Module)}
-    return {f"{net}.{key}": x for net in nets for key, x in module.plain_state(nets[net]).items()}, calls
+    return {f"{net}.{key}": x for net in nets for key, x in module.plain_state(nets[net]).items()}, calls, used
 
 
 @pytest.mark.parametrize("name", EDITS)
-def test_kernels_and_torch_agree_and_the_edit_shows(forks, name):
+def test_kernels_and_torch_agree_and_the_edit_shows(forks, name, capsys):
     module = forks(name)
-    (nm, calls), (reference, none) = updated(module, "nm"), updated(module, "torch")
-    assert not none
+    (nm, calls, used), (reference, none, _) = updated(module, "nm"), updated(module, "torch")
+    assert not none and used == ("torch" if name.startswith("layer's") else "nm")
     if name.startswith("layer's"):
-        assert not calls  # the kernels don't know it: torch runs it
+        assert not calls and "the kernels don't know the edited SparseLinear" in capsys.readouterr().err
     else:  # 7 networks a pair of updates, and what remains fusible is fused
         assert len(calls) >= 20 * 5, name
         assert max(calls) == {"tanh": 1, "third hidden layer": 4, "dropout": 2}.get(name, 3)

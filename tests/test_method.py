@@ -1,6 +1,7 @@
 """The method against brute force and hand computation."""
 
 import copy
+import dataclasses
 
 import gymnasium as gym
 import numpy as np
@@ -364,6 +365,46 @@ def test_twenty_updates_are_those_of_the_first_version(twin):
             after, online = data[f"after.{name}.{key}"], name.replace("target_actor", "actor").removesuffix("_target")
             assert np.abs(after - data[f"before.{online}.{key}"]).max() > 5e-5  # it learned
             assert np.abs(state[key].numpy() - after).max() <= 1e-6, (name, key)
+
+
+def test_layers_that_critics_share_are_trained_once(dense):
+    """Adam has each parameter once, and it counts once."""
+    args, env = dense.Args(hidden_dim=16), dense.make_env("Pendulum-v1")
+    networks = dense.make_networks(args, env)
+    sizes = [sum(x.numel() for x in net.parameters()) for net in networks.values()]
+    networks["qf2"].net.fc1, networks["qf2"].net.fc2 = networks["qf1"].net.fc1, networks["qf1"].net.fc2
+    agent = dense.Agent(networks, lr=args.learning_rate)
+    trained = dense.held(agent.q_optimizer)
+    assert len({id(x) for x in trained}) == len(trained) == 8  # two layers and two heads
+    sum(net.net(torch.ones(1, 4)).sum() for net in (agent.qf1, agent.qf2)).backward()
+    agent.q_optimizer.step()
+    assert {int(state["step"]) for state in agent.q_optimizer.state.values()} == {1}
+    shared = sum(x.numel() for x in networks["qf1"].parameters()) - 17
+    assert dense.model_stats(agent)["params_active"] == sum(sizes) - shared
+
+
+def test_arguments_hold_for_a_whole_run(script):
+    """What an argument was folded into would not follow it."""
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        script.Args().exploration_noise = 0.2
+
+
+def test_density_counts_what_is_in_no_linear_layer(rnm):
+    """An ensemble as one tensor and a convolution, both dense, beside 16 of 64 weights."""
+
+    class Odd(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.many, self.scale = nn.Parameter(torch.ones(5, 4, 3)), nn.Parameter(torch.ones(9))
+            self.net = nn.Sequential(nn.Conv1d(2, 3, 4), nn.Linear(8, 8), nn.Linear(8, 1))
+
+    args, env = rnm.Args(n=1, m=4, hidden_dim=16), rnm.make_env("Pendulum-v1")
+    agent = rnm.Agent(rnm.sparsify(rnm.make_networks(args, env) | {"odd": Odd()}, args), lr=args.learning_rate)
+    stats = rnm.model_stats(agent)
+    assert stats["density"]["odd"] == pytest.approx((60 + 24 + 16 + 8) / (60 + 24 + 64 + 8))
+    actor = agent.actor.net
+    wanted = [layer.E.float().mean().item() * layer.E.numel() for layer in (actor.fc1, actor.fc2)]
+    assert stats["density"]["actor"] == pytest.approx((sum(wanted) + 16) / (3 * 16 + 256 + 16))
 
 
 def test_replay_ring(twin):

@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -254,7 +255,7 @@ def test_drop_fractions(mst):
     own = {u: drops_at(mst, args, u) for u in range(1, 1001)}
     assert [u for u, drops in own.items() if "actor" in drops] == list(range(100, 800, 100))
     assert own[400]["actor"] == pytest.approx(0.15)
-    args.policy_frequency = 3
+    args = replace(args, policy_frequency=3)
     own = {u: drops_at(mst, args, u) for u in range(1, 1001)}
     assert [u for u, drops in own.items() if "actor" in drops] == list(range(150, 799, 150))  # own 50th of 333
     assert own[300]["actor"] == pytest.approx(0.15 * (1 + math.cos(math.pi * 100 / (0.8 * 333))))

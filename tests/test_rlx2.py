@@ -2,6 +2,7 @@
 
 import copy
 import math
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -335,7 +336,7 @@ def test_policy_distance_and_shrinking_by_hand(rlx2):
     assert rlx2.shrink_replay(rb, agent.actor, args)["replay/policy_distance"] == pytest.approx(0.3125 * 24 / 32)
     assert rb.oldest == 8 + 7  # a tenth of what counts, not of all that came
     for rows, threshold, left in ((60, 0.2, 60), (61, 0.2, 55), (75, 0.3125, 75), (75, 0.3124, 68)):
-        args.buffer_threshold = threshold
+        args = replace(args, buffer_threshold=threshold)
         rb = filled(rows, lambda *_: bias + scale * torch.tensor([0.5, 0.0]))
         assert rlx2.shrink_replay(rb, agent.actor, args)["replay/size"] == len(rb) == left
 
@@ -456,8 +457,8 @@ def test_a_layer_that_hides_its_weight_is_an_error(rlx2, monkeypatch):
 def test_the_width_is_right_whatever_the_sizes(rlx2):
     """Also where an input is as wide as a hidden layer; against all widths."""
     for (obs_dim, action_dim), hidden_dim in (((17, 6), 17), ((17, 6), 23), ((122, 6), 128), ((3, 1), 2), ((3, 1), 1)):
-        args = rlx2.Args(actor_sparsity=0.5, critic_sparsity=0.6 if hidden_dim > 1 else 0.0, hidden_dim=hidden_dim)
-        args.actor_sparsity = 0.5 if hidden_dim > 1 else 0.0
+        some = hidden_dim > 1
+        args = rlx2.Args(actor_sparsity=0.5 * some, critic_sparsity=0.6 * some, hidden_dim=hidden_dim)
         env = spaces(obs_dim, action_dim)
         agent = rlx2.Agent(rlx2.sparsify(rlx2.make_networks(args, env), args), lr=3e-4)
         stats = rlx2.model_stats(agent)["modules"]

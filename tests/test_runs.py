@@ -41,7 +41,8 @@ def test_a_run_leaves_the_contract_behind(rnm, small, capsys):
     result = rnm.train(args)
     run = Path(result["run_dir"])
     assert result["exit_reason"] == "finished"
-    said = "started\nactive weights of actor: fc1 33.3 %, fc2 25 %, fc_mu 100 %\nactive weights of qf1: fc1 40 %, "
+    share = (args.hidden_dim * (1 + args.hidden_dim / 4 + 2)) / (args.hidden_dim * (3 + args.hidden_dim + 2))
+    said = f"started\nactive weights of actor: all {100 * share:.3g} %, fc1 33.3 %, fc2 25 %, fc_mu 100 %\n"
     assert said in capsys.readouterr().out  # of three and of five inputs one in each four
     assert re.fullmatch(r"Reach-v0__rnm_td3_continuous_1of4__s1__\d{8}-\d{6}-\d{6}", run.name)
     names = {"masks.npz", "meta.json", "metrics.csv", "model.pt", "rnm_td3_continuous.py"}
