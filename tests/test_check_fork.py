@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -112,7 +113,7 @@ def test_short_runs_come_to_all_that_the_flags_ask_for(rlx2, mst, capsys):
     rlx2.check_schedule(few)
     mst.check_schedule(more, mst.Agent(mst.sparsify(mst.make_networks(more, mst.make_env("Reach-v0")), more), lr=1e-3))
     assert capsys.readouterr().err == ""
-    more.actor_regime = "rigl"
+    more = replace(more, actor_regime="rigl")
     for module, args in [(rlx2, few), (mst, more)]:  # what a layer gathers between two changes is lost by a bad resume
         last = args.total_timesteps - args.learning_starts
         for stop in (1000, 1200, 2000):  # ends of episodes of 200 and of 1,000 steps

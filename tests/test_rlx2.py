@@ -102,7 +102,7 @@ def test_schedule_of_the_changes(rlx2):
     assert all(drops["critics"] > 0 for drops in twice) and twice[0]["critics"] > 0.49999 > 1e-4 > twice[-1]["critics"]
 
 
-def make(rlx2, kernel="torch", rows=600, **changes):
+def make(rlx2, kernel="torch", rows=600, used=None, **changes):
     """(args, env, agent, replay with random transitions, generators)"""
     options = {"actor_sparsity": 0.7, "critic_sparsity": 0.6, "hidden_dim": 24, "batch_size": 32, "learning_starts": 0}
     torch.set_num_threads(1)
@@ -111,7 +111,7 @@ def make(rlx2, kernel="torch", rows=600, **changes):
     env, data = rlx2.make_env(args.env_id), np.random.default_rng(0)
     torch.manual_seed(0)
     agent = rlx2.Agent(rlx2.sparsify(rlx2.make_networks(args, env), args), lr=args.learning_rate)
-    assert rlx2.use_kernel(args, agent, env) == kernel
+    assert rlx2.use_kernel(args, agent, env) == (used or kernel)
     columns = rlx2.transition_columns(env) | {"truncations": 1, "policy_actions": 2}
     rb = rlx2.ReplayBuffer(1000, columns, "cpu", args.gamma)
     for _ in range(rows):
