@@ -72,9 +72,8 @@ def judge(row: dict, seeds: int, target: float, above: str, below: str) -> str:
         return below
     off = max(abs(row["x"] - target), 1e-9)
     more = seeds / (seeds - 1)  # drawn from few, the spread is too small
-    needed = max(
-        seeds + 1, math.ceil(more * seeds * ((high - low) / 2 / off) ** 2)
-    )  # an interval shrinks with their root
+    needed = math.ceil(more * seeds * ((high - low) / 2 / off) ** 2)  # an interval shrinks with their root
+    needed = max(seeds + 1, needed)
     return f"open ({f'about {needed}' if needed < 1000 else 'over 1,000'} seeds would settle it in half of the cases)"
 
 
